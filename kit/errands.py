@@ -1,0 +1,72 @@
+"""What train.py does before training, after it, or instead of it."""
+
+import math
+import time
+
+import torch
+
+from kit import devices, evaluation, tokens
+
+FIRST_LOSS_OFF = 0.5  # nats: GPT-2's initialisation starts within 0.1 of a fair guess, a broken one far from it
+
+
+def first_look(model, x, y, meta, device, dtype, from_scratch):
+    """
+    Show one micro-step, x and y (B, T), before any training: shapes, a piece of the text, and whether a new model's
+    first loss is that of a fair guess, ln(vocab_size). Returns the seconds of one pass forward and backward.
+    """
+    print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is x moved on by one token')
+    try:
+        text = tokens.tokenizer(meta['tokenizer'])
+        for name, ids in ('x', x[0, :40].tolist()), ('y', y[0, :40].tolist()):
+            print(f'  {name}[0] = {ids[:6]}... = {tokens.decode(text, ids)!r}...')
+    except OSError:
+        print(f'  x[0] = {x[0, :16].tolist()}... (the files of the tokenizer could not be downloaded)')
+    with torch.no_grad(), devices.autocast(device, dtype):
+        loss = model(x, y)[1].item()
+    guess = math.log(model.config.vocab_size)
+    print(f'first loss: {loss:.4f}; a fair guess among {model.config.vocab_size:,} ids would have {guess:.4f}')
+    if from_scratch and not abs(loss - guess) < FIRST_LOSS_OFF:
+        print('WARNING: a new model should start near a fair guess; look at the initialisation and at the data')
+    start = time.perf_counter()
+    with devices.autocast(device, dtype):
+        _, loss = model(x, y)
+    loss.backward()
+    devices.synchronize(device)
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
+
+
+def test(model, splits, batch_size, device, dtype):
+    """Measure the whole test split; where a dataset has none, val, and say so."""
+    split = 'test' if 'test' in splits else 'val'
+    if split == 'val':
+        print('this dataset has no test.bin: val is taken')
+    loss, accuracy = evaluation.measure(model, splits[split], model.config.block_size, batch_size, 0, device, dtype)
+    print(f'{split} loss {loss:.4f}, perplexity {math.exp(loss):.3f}, accuracy {accuracy:.2%} '
+          f'({len(splits[split]) - 1:,} tokens)')
+
+
+def show_sample(model, meta, ids, device, dtype, length=400):
+    """Print a text of the model's own that goes on from the given ids."""
+    try:
+        text = tokens.tokenizer(meta['tokenizer'])
+    except OSError:
+        print('no sample: the files of the tokenizer could not be downloaded')
+        return
+    model.eval()
+    prompt = devices.send(ids[None, :model.config.block_size], device)
+    with devices.autocast(device, dtype):
+        written = model.generate(prompt, length, temperature=0.8, n_ids=text.size)[0, prompt.size(1):]
+    print(f'\na sample of its own, after {tokens.decode(text, ids.tolist())!r}:\n')
+    print(tokens.decode(text, written.tolist()), '\n')
+
+
+def show_next_commands(out_dir):
+    """What is worth typing after a run."""
+    where = '' if out_dir == 'checkpoints' else f' --out_dir={out_dir}'
+    run = '' if out_dir == 'checkpoints' else f' {out_dir}'
+    print('next:')
+    print(f'  python sample.py{where} --num_samples=3      more of its writing, after a --start of yours')
+    print(f'  python plot_loss.py{run}      the loss curve as a picture')
+    print(f'  python train.py --test{where}      loss, perplexity and accuracy on text that it has not seen')

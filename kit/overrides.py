@@ -1,0 +1,202 @@
+"""
+A script's settings are its module-level names. Config files and --name=value override them:
+
+    config = overrides.apply(globals(), rules=['0 <= dropout < 1'])
+
+$ python train.py config/train_gpt2.py --batch_size=8 --compile=False
+
+Whatever is wrong with them ends the script with one line on stderr and status 2, before anything is written.
+"""
+
+import ast
+import difflib
+import importlib.util
+import math
+import os
+import sys
+import types
+from pathlib import Path
+
+HOUSE = Path(__file__).resolve().parent.parent  # the folder that holds train.py, config/ and data/
+
+given = set()  # names that this command line or one of its config files has set: a resumed run keeps those
+
+
+def fail(message):
+    """End the script over a mistake of its user's: one line on stderr, status 2, no traceback."""
+    print(f'{Path(sys.argv[0]).name}: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def apply(settings, rules=(), operands=None):
+    """
+    Read sys.argv into the settings of a script.
+
+    settings: the script's globals(); its names of type int, float, bool, str or None are the settings. A setting
+              that is None by default is True, False or, while it stays None, chosen by the script.
+    rules:    conditions in Python that must hold, e.g. 'batch_size >= 1'; a trailing # comment tells the mend.
+    operands: a list that takes the bare words; without it a bare word is an error.
+    Returns the settings as a dict. Arguments count from left to right, the later ones win.
+    """
+    names = [k for k, v in settings.items() if not k.startswith('_') and (v is None or type(v) in (int, float, bool, str))]
+    defaults = {k: settings[k] for k in names}
+    words = sys.argv[1:]
+    if '--help' in words or '-h' in words:
+        print_help(settings, names)
+        raise SystemExit(0)
+    if int(os.environ.get('RANK', 0)) > 0:  # every rank finds the same mistakes: one of them tells
+        sys.stderr, stderr = open(os.devnull, 'w'), sys.stderr
+    try:
+        while words:
+            word = words.pop(0)
+            if word.startswith('--'):
+                name, is_joined, text = word[2:].partition('=')
+                if name not in defaults:
+                    fail(f'--{name}: there is no such setting{nearest(name, names)}; --help lists them all')
+                if not is_joined:
+                    text = next_value(name, words, defaults[name])
+                override(settings, name, parse(name, text, defaults[name]))
+            elif word.endswith('.py') and operands is None:
+                run_config_file(word, settings, defaults)
+            elif operands is not None and not word.startswith('-'):
+                operands.append(word)
+            else:
+                fail(f'{word}: settings are given as --name=value, config files as a path that ends in .py')
+        config = {k: settings[k] for k in names}
+        check(rules, config)
+    finally:
+        if int(os.environ.get('RANK', 0)) > 0:
+            sys.stderr = stderr
+    return config
+
+
+def adopt(settings, saved, config, rules, fixed=(), launch=()):
+    """
+    Take over the settings of saved weights, but for those given on this command line. fixed: names that these
+    weights cannot do without, where another value is a mistake. launch: names that belong to this launch alone and
+    are not taken over. Returns the new config; every difference is printed.
+    """
+    for name, value in saved.items():
+        if name not in config or name in launch or value == config[name]:
+            continue
+        if name not in given or name in fixed and config[name] == 0:  # a size of 0 stands for what there is
+            print(f'From the checkpoint: {name} = {value}')
+            settings[name] = value
+        elif name in fixed:
+            fail(f'{name} = {config[name]}: these weights have {name} = {value}; another architecture is another run')
+        else:
+            print(f'Not from the checkpoint: {name} = {config[name]} (it has {value})')
+    config = {name: settings[name] for name in config}
+    check(rules, config)
+    return config
+
+
+def require(package, setting):
+    """An optional package must be there before any work begins."""
+    if importlib.util.find_spec(package) is None:
+        fail(f'{setting} needs the package {package}: pip install {package}')
+
+
+def check(rules, config):
+    """Each rule is a Python condition on the settings; the first that does not hold ends the script."""
+    for rule in rules:
+        condition, _, mend = (part.strip() for part in rule.partition('#'))
+        if not eval(condition, {'__builtins__': {}}, config):
+            used = dict.fromkeys(n.id for n in ast.walk(ast.parse(condition)) if isinstance(n, ast.Name))
+            values = ', '.join(f'{name} = {config[name]!r}' for name in used)
+            fail(f'{values}: {mend or f"it must hold that {condition}"}')
+
+
+def override(settings, name, value):
+    settings[name] = value
+    given.add(name)
+    print(f'Overriding: {name} = {value}')
+
+
+def next_value(name, words, default):
+    """The value of '--name value'. A bare '--flag' is True, and takes the next word only if that says so."""
+    if isinstance(default, bool) or default is None:
+        return words.pop(0) if words and words[0].lower() in ('true', 'false', '1', '0') else 'true'
+    if not words or words[0].startswith('--'):
+        fail(f'--{name} needs a value: --{name}={default}')
+    return words.pop(0)
+
+
+def parse(name, text, default):
+    """The text of a value as the type of the setting's default."""
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool) or default is None:
+        values = {'true': True, '1': True, 'false': False, '0': False} | ({'none': None} if default is None else {})
+        if text.lower() not in values:
+            fail(f'--{name}={text}: {text!r} is neither True nor False')
+        return values[text.lower()]
+    kind = type(default)
+    try:
+        return check_type(name, kind(text), default, f'--{name}={text}')
+    except ValueError:
+        fail(f'--{name}={text}: {text!r} is no {"whole " if kind is int else ""}number; one like {default} is needed')
+
+
+def check_type(name, value, default, where):
+    """The value if it fits the type of the default (an int is taken for a float), else the end."""
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    fits = isinstance(value, bool) or value is None if default is None else type(value) is type(default)
+    if not fits:
+        kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}.get(
+            type(default), 'True, False or None')
+        fail(f'{where}: {value!r} does not fit {name}, which takes {kind}, like {default!r}')
+    if isinstance(value, float) and not math.isfinite(value):
+        fail(f'{where}: {name} must be a finite number, like {default}')
+    return value
+
+
+def run_config_file(word, settings, defaults):
+    """Run a config file in a namespace of the settings so far, and take over what it has assigned."""
+    path = Path(word)
+    if not path.exists() and (HOUSE / path).exists():
+        path = HOUSE / path
+    try:
+        source = path.read_text(encoding='utf-8')
+        tree = ast.parse(source)
+        namespace = {name: settings[name] for name in defaults} | {'__file__': str(path), '__name__': '__config__'}
+        print(f'Overriding config with {word}')
+        exec(compile(tree, str(path), 'exec'), namespace)
+    except FileNotFoundError:
+        known = sorted(f'config/{p.name}' for p in (HOUSE / 'config').glob('*.py'))
+        fail(f'{word}: there is no such config file{nearest(word, known)}')
+    except SyntaxError as error:
+        fail(f'{word}, line {error.lineno}: {error.msg}')
+    except (Exception, SystemExit) as error:  # whatever their own code does wrong is theirs to mend
+        fail(f'{word}: {type(error).__name__}: {error}')
+    assigned = dict.fromkeys(n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+    for name, value in namespace.items():
+        if name in defaults and name in assigned:
+            override(settings, name, check_type(name, value, defaults[name], f'{word}: {name} = {value!r}'))
+        elif name not in defaults and name in assigned and not name.startswith('_'):
+            if not isinstance(value, types.ModuleType | types.FunctionType | type):
+                fail(f'{word}: {name}: there is no such setting{nearest(name, defaults)}; '
+                     'a name of your own starts with an underscore')
+
+
+def nearest(name, names):
+    close = difflib.get_close_matches(name.replace('-', '_'), names, n=1)
+    return f'; did you mean {close[0]}?' if close else ''
+
+
+def print_help(settings, names):
+    """The script's docstring, then its settings as the source has them: name, default, comment."""
+    print(settings['__doc__'].strip(), '\n\nsettings (--name=value, or in a config file):')
+    source = Path(settings['__file__']).read_text(encoding='utf-8')
+    lines = source.splitlines()
+    assignments = {n.lineno: n for n in ast.parse(source).body
+                   if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', None) in names}
+    for number in range(min(assignments) - 1, max(assignments) + 1):
+        line = lines[number - 1]
+        if number in assignments:
+            node = assignments[number]
+            comment = line[node.end_col_offset:].strip(' #')
+            print(f'  --{node.targets[0].id + "=" + ast.unparse(node.value):32} {comment}')
+        elif line.startswith('# ') and not line.startswith('# --'):
+            print(f'\n{line[2:]}')

@@ -1,0 +1,63 @@
+"""
+Several processes as one run: what torchrun started, wrapped and summed. The one room that knows torch.distributed.
+
+$ torchrun --standalone --nproc_per_node=4 train.py
+
+One process alone is rank 0 of 1, and nothing here imports torch.distributed for it.
+"""
+
+import os
+
+rank = int(os.environ.get('RANK', 0))
+local_rank = int(os.environ.get('LOCAL_RANK', 0))
+world_size = int(os.environ.get('WORLD_SIZE', 1))
+is_main = rank == 0
+
+
+def start(backend, device):
+    """Join the other processes. backend: auto (nccl on CUDA, else gloo) or one that torch.distributed knows."""
+    if world_size == 1:
+        return
+    import torch.distributed as dist
+    if backend == 'auto':
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+    dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
+    print(f'processes: {world_size} (torchrun), backend {backend}')
+
+
+def wait():
+    """All processes meet here."""
+    if world_size > 1:
+        import torch.distributed as dist
+        dist.barrier()
+
+
+def wrap(model, device):
+    """The model with its gradients averaged over the processes (DDP). FSDP comes in through this door too."""
+    if world_size == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+    # without the broadcast of buffers (there are none) and with gradients that lie in the exchanged buckets
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def exchange_gradients(model, now):
+    """Whether the next backward pass of a wrapped model averages the gradients over the processes."""
+    if world_size > 1:
+        model.require_backward_grad_sync = now
+
+
+def total(tensor):
+    """The sum of a tensor over the processes, in place; returned for reading on."""
+    if world_size > 1:
+        import torch.distributed as dist
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def stop():
+    """Leave in order, so that torchrun sees a clean end."""
+    if world_size > 1:
+        import torch.distributed as dist
+        dist.destroy_process_group()

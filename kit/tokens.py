@@ -1,0 +1,179 @@
+"""
+Tokenizers and dataset folders: text to ids and back, and train.bin, val.bin, test.bin with what describes them.
+
+meta.json holds all that is needed to encode and decode, so neither needs a download. A folder that nanoGPT has made
+(meta.pkl, or no meta at all: GPT-2's BPE) is read as well.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+
+from kit.overrides import HOUSE, fail
+
+HASH_UP_TO = 64 * 2**20  # bytes: larger files have their size checked at each start, not their hash
+SCAN_UP_TO = 50_000_000  # tokens: of larger files a sample is searched for ids beyond the vocabulary
+
+
+class CharTokenizer:
+    """One id a character. chars: the characters in the order of their ids."""
+
+    def __init__(self, chars):
+        self.chars = chars
+        self.ids = {char: i for i, char in enumerate(chars)}
+        self.size = len(chars)
+
+    def encode(self, text):
+        unknown = sorted(set(text) - self.ids.keys())
+        if unknown:
+            raise ValueError(f'{unknown[0]!r} is not among the {self.size} characters of this model')
+        return [self.ids[char] for char in text]
+
+    def decode_bytes(self, ids):
+        return ''.join(self.chars[i] for i in ids).encode()
+
+
+class BPETokenizer:
+    """Byte-pair encoding by tiktoken. <|endoftext|> in a text is the special token."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.size = encoding.n_vocab
+
+    def encode(self, text):
+        return self.encoding.encode(text, allowed_special={'<|endoftext|>'})
+
+    def decode_bytes(self, ids):
+        return self.encoding.decode_bytes(ids)
+
+
+def tokenizer(description):
+    """The tokenizer that meta['tokenizer'] describes. Raises OSError where it had to be downloaded and could not."""
+    if description['kind'] == 'char':
+        return CharTokenizer(description['chars'])
+    if 'ranks' not in description:  # a nanoGPT folder or checkpoint: all that is known is the name
+        return BPETokenizer(tiktoken_encoding(description['name']))
+    import tiktoken
+    ranks = {base64.b64decode(token): rank for rank, token in enumerate(description['ranks'].split())}
+    return BPETokenizer(tiktoken.Encoding(description['name'], pat_str=description['pattern'], mergeable_ranks=ranks,
+                                          special_tokens=description['special']))
+
+
+def decode(tokens, ids):
+    """Ids -> text. Bytes that are no whole UTF-8 character become the replacement character."""
+    return tokens.decode_bytes(ids).decode('utf-8', errors='replace')
+
+
+def tiktoken_encoding(name):
+    """tiktoken's encoding of that name, from its cache, from FLATGPT_MIRROR/tiktoken, or downloaded."""
+    import tiktoken
+    mirror = os.path.join(os.environ.get('FLATGPT_MIRROR', ''), 'tiktoken')
+    if 'FLATGPT_MIRROR' in os.environ and os.path.isdir(mirror):
+        os.environ.setdefault('TIKTOKEN_CACHE_DIR', mirror)
+    return tiktoken.get_encoding(name)
+
+
+def describe_bpe(encoding):
+    """meta['tokenizer'] for a tiktoken encoding, whole."""
+    ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    return {'kind': 'bpe', 'name': encoding.name, 'pattern': encoding._pat_str, 'special': encoding._special_tokens,
+            'ranks': '\n'.join(base64.b64encode(token).decode() for token in ranks)}
+
+
+GPT2 = {'vocab_size': 50257, 'tokenizer': {'kind': 'bpe', 'name': 'gpt2'}}  # what a folder without any meta means
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dataset folders
+
+
+def dataset_folder(name):
+    """data/<name> of the working directory if it is there, else that of the house."""
+    here = Path('data') / name
+    return here if here.is_dir() else HOUSE / 'data' / name
+
+
+def read_dataset(folder, block_size=1):
+    """
+    (splits, meta) of a dataset folder: a read-only memory map of ids for each split, and what describes them.
+    A folder that is not whole, or has ids beyond its vocabulary, ends the script with the reason.
+    """
+    if not (folder / 'train.bin').is_file():
+        fail(f'{folder} holds no dataset (no train.bin); python prepare.py --help tells how to make one')
+    meta = read_meta(folder)
+    splits = {}
+    for split in ('train', 'val', 'test'):
+        path = folder / f'{split}.bin'
+        if path.is_file():
+            splits[split] = read_tokens(path, meta, block_size)
+        elif split != 'test':
+            fail(f'{path} is missing; prepare the dataset again, or copy the file there')
+    return splits, meta
+
+
+def read_meta(folder):
+    """meta.json, else nanoGPT's meta.pkl, else what nanoGPT assumes where it finds none."""
+    try:
+        if (folder / 'meta.json').is_file():
+            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+            if meta.get('format') != 1:
+                fail(f'{folder}/meta.json has format {meta.get("format")!r}; this version reads format 1')
+            return meta
+        if (folder / 'meta.pkl').is_file():
+            pickled = load_plain_pickle(folder / 'meta.pkl')
+            chars = [pickled['itos'][i] for i in range(len(pickled['itos']))]
+            return {'vocab_size': int(pickled['vocab_size']), 'tokenizer': {'kind': 'char', 'chars': chars}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError,
+            pickle.UnpicklingError) as error:
+        fail(f'the meta file in {folder} is damaged or foreign ({error}); prepare the dataset again')
+    return GPT2
+
+
+def padded_vocab_size(meta):
+    """The vocabulary of a new model: large ones are rounded up to a multiple of 64 (50257 to 50304), as in nanoGPT."""
+    size = meta['vocab_size']
+    return size if size < 1024 else (size + 63) // 64 * 64
+
+
+def load_plain_pickle(path):
+    """A pickle of plain containers, numbers and texts. Anything that names code is refused: no file runs any."""
+    class Plain(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise pickle.UnpicklingError(f'it asks for {module}.{name}, and a plain file asks for nothing')
+    with open(path, 'rb') as file:
+        return Plain(file).load()
+
+
+def read_tokens(path, meta, block_size):
+    """One .bin file as a memory map, after a look at its size, its hash and its ids."""
+    again = 'prepare the dataset again'
+    dtype = np.dtype(meta.get('dtype', 'uint16')).newbyteorder('<')
+    size = path.stat().st_size
+    expected = meta.get('files', {}).get(path.stem)
+    if size == 0:
+        fail(f'{path} is empty; {again}')
+    if size % dtype.itemsize:
+        fail(f'{path} has {size} bytes, which is no whole number of {dtype.name} ids; it is cut off: {again}')
+    if expected and size != expected['tokens'] * dtype.itemsize:
+        fail(f'{path} has {size // dtype.itemsize:,} tokens, meta.json says {expected["tokens"]:,}; {again}')
+    if expected and size <= HASH_UP_TO and sha256(path) != expected['sha256']:
+        fail(f'{path} is not the file that meta.json describes (its sha256 differs); {again}')
+    data = np.memmap(path, dtype=dtype, mode='r')
+    if len(data) < block_size + 1:
+        fail(f'{path} has {len(data):,} tokens, too few for a window of block_size + 1 = {block_size + 1}; '
+             f'take a block_size below {len(data)} or more text')
+    step = max(1, len(data) // SCAN_UP_TO) * 4096
+    highest = max(int(data[i:i + 4096].max()) for i in range(0, len(data), step))
+    if highest >= meta['vocab_size']:
+        fail(f'{path} holds the id {highest}, beyond the vocabulary of {meta["vocab_size"]}; {again}')
+    return data
+
+
+def sha256(path):
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -1,0 +1,214 @@
+"""
+The GPT-2 model, whole: its configuration, its blocks, its loss, and how it writes text.
+
+Every parameter has the name and the shape that nanoGPT gives it, and the arithmetic is the same, so that checkpoints
+go from one to the other. Shapes: B rows in a batch, T tokens in a row, C = n_embd channels, V = vocab_size.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The defaults are those of GPT-2 with 124M parameters."""
+
+    block_size: int = 1024          # the longest row, T at most
+    vocab_size: int = 50304         # GPT-2's 50257, rounded up to a multiple of 64: matrix products like that
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True               # biases in the linear layers and LayerNorms, as in GPT-2; without is a bit faster
+    gelu_approximate: str = 'none'  # 'tanh' is what OpenAI's weights were trained with
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token looks at itself and at those before it (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        # one matrix makes the queries, keys and values of all heads
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))  # (B, H, T, C/H)
+        if cache is not None:
+            k, v = cache.extend(k, v)  # (B, H, all tokens so far, C/H)
+        # the mask is causal; a single new token needs none, it may look at everything that came before
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None or T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, C/H)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Each token on its own: four times as wide, GELU, and back."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate=config.gelu_approximate)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to a stream that runs through the whole model; LayerNorm before, as in GPT-2."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class KVCache:
+    """The keys and values of one layer for the tokens seen so far, so that a new token costs one token's work."""
+
+    def __init__(self, block_size):
+        self.block_size, self.length = block_size, 0
+
+    def extend(self, k, v):
+        """Append the (B, H, T, C/H) of T new tokens; returns those of all tokens so far."""
+        if self.length == 0:
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_empty(B, H, self.block_size, D), v.new_empty(B, H, self.block_size, D)
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f'n_embd = {config.n_embd} must be a multiple of n_head = {config.n_head}')
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # one matrix reads the tokens and predicts them (Press and Wolf 2016, arXiv:1608.05859)
+        self.transformer.wte.weight = self.lm_head.weight
+
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                # 2 n_layer projections add up in the residual stream; GPT-2 starts them smaller by the root of that
+                scale = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
+                nn.init.normal_(p, mean=0.0, std=0.02 / scale)
+            elif name.endswith('.bias'):
+                nn.init.zeros_(p)  # LayerNorm's gains are ones already
+
+    def forward(self, idx, targets=None):
+        """
+        idx: (B, T) int64 ids, T <= block_size. targets: the same shape, the id that should come next, -1 where none
+        counts. Returns (logits, loss): with targets (B, T, V) and their mean cross-entropy in nats, without targets
+        the (B, 1, V) after the last token and None.
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x[:, [-1]]), None
+        logits = self.lm_head(x)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        return logits, loss
+
+    def hidden(self, idx, caches=None):
+        """(B, T) ids -> (B, T, C), what the output layer reads. With caches the ids follow on those seen before."""
+        past = caches[0].length if caches else 0
+        T = idx.size(1)
+        if past + T > self.config.block_size:
+            raise ValueError(f'{past + T} tokens do not fit block_size = {self.config.block_size}')
+        positions = torch.arange(past, past + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, caches[i] if caches else None)
+        return self.transformer.ln_f(x)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # writing text
+
+    @torch.no_grad()
+    def stream(self, idx, temperature=1.0, top_k=0, top_p=1.0, n_ids=None):
+        """
+        Yield the next (B, 1) ids after idx (B, T), for as long as they are asked for. Draws from torch's generator.
+
+        temperature: 0 takes the likeliest id, below 1 sharpens, above 1 flattens
+        top_k:       only the k likeliest ids; 0 or None: all
+        top_p:       only the likeliest ids that together reach this share (Holtzman et al. 2019, arXiv:1904.09751)
+        n_ids:       only ids below it: a vocabulary that was rounded up has ids that stand for nothing
+        """
+        block_size = self.config.block_size
+        caches, new = [KVCache(block_size) for _ in self.transformer.h], idx[:, -block_size:]
+        while True:
+            logits = self.lm_head(self.hidden(new, caches)[:, -1])[:, :n_ids].float()  # (B, n_ids)
+            new = choose(logits, temperature, top_k, top_p)  # (B, 1)
+            idx = torch.cat((idx[:, -block_size:], new), dim=1)
+            yield new
+            if caches[0].length == block_size:
+                # Positions are absolute, so a full window cannot slide along. It is read anew from its second half,
+                # which costs two token-forwards a token in the long run; a window that slides costs block_size.
+                caches, new = [KVCache(block_size) for _ in self.transformer.h], idx[:, -max(1, block_size // 2):]
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_ids=None):
+        """(B, T) ids -> (B, T + max_new_tokens), see stream."""
+        new = self.stream(idx, temperature, top_k, top_p, n_ids)
+        return torch.cat([idx] + [next(new) for _ in range(max_new_tokens)], dim=1)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # facts about the model
+
+    def count_params(self, non_embedding=True):
+        """The number of parameters; without those of the positions, as is usual, since they cost no arithmetic."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+
+    def flops_per_token(self):
+        """Forward and backward, in FLOPs, as in appendix B of PaLM (Chowdhery et al. 2022, arXiv:2204.02311)."""
+        return 6 * self.count_params() + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+    def crop_block_size(self, block_size):
+        """Keep the first block_size positions only, e.g. of GPT-2's 1024."""
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+
+
+def choose(logits, temperature, top_k, top_p):
+    """Draw one id a row from logits (B, V), after the cuts of GPT.stream -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # the shift keeps a tiny rate finite
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = F.softmax(logits, dim=-1)
+    if top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        ranked[ranked.cumsum(dim=-1) - ranked >= top_p] = 0  # the one that crosses the line stays
+        probs = torch.zeros_like(probs).scatter_(1, order, ranked)
+    return torch.multinomial(probs, num_samples=1)
