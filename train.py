@@ -41,7 +41,7 @@ checkpoint = ''             # which one --test or resume takes; '' = best.pt of 
 # where figures go, beside the console
 tensorboard = True          # to runs/
 wandb_log = False           # to Weights & Biases
-wandb_project = 'flatgpt'
+wandb_project = 'flatgpt'   # and its project there
 wandb_run_name = ''         # '' = the name of out_dir
 # data
 dataset = 'python_docs'     # a folder in data/, see prepare.py
@@ -50,7 +50,7 @@ batch_size = 16             # rows in a micro-step
 gradient_accumulation_steps = 1  # micro-steps in a step, counted over all processes
 block_size = 128            # tokens in a row: how far back the model can look
 # model
-n_layer = 4
+n_layer = 4                 # blocks, one after the other
 n_head = 0                  # 0 = one head per 64 channels
 n_embd = 128                # channels
 dropout = 0.0               # share of activations dropped; 0.1 or more where a small text is read many times
@@ -58,9 +58,9 @@ bias = False                # biases in linear layers and LayerNorms; GPT-2 has 
 # optimizer: AdamW
 learning_rate = 2e-3        # the highest rate; smaller for larger models
 max_iters = 1000            # steps, that is updates of the weights
-weight_decay = 1e-1
-beta1 = 0.9
-beta2 = 0.99                # 0.95 where a step has many tokens
+weight_decay = 1e-1         # on matrices and embeddings
+beta1 = 0.9                 # memory of the mean gradient
+beta2 = 0.99                # and of its square: 0.95 where a step has many tokens
 grad_clip = 1.0             # gradients are scaled down to this norm, 0.0 = never
 # learning rate over the steps
 warmup_iters = 50           # steps of linear warmup, with or without decay
@@ -147,7 +147,7 @@ if saved:
 raw_model.to(device)
 if test:
     errands.test(raw_model, data, batch_size, device, dtype)
-    raise SystemExit
+    ranks.leave()
 
 optimizer = optimizers.adamw(raw_model, weight_decay, learning_rate, (beta1, beta2))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
@@ -195,6 +195,10 @@ def evaluate():
     return figures
 
 
+if eval_only:
+    evaluate()
+    ranks.leave()
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a look before training
 
@@ -206,10 +210,8 @@ print(f'the run: {max_iters:,} steps = {max_iters * tokens_per_step / n_train:.2
       f'{duration(seconds * micro_steps * (max_iters - step))} without evaluations')
 if warmup_iters >= max_iters:
     print(f'warmup_iters = {warmup_iters} is not below max_iters = {max_iters}: the rate climbs to the end')
-if eval_only:
-    evaluate()
-if eval_only or dry_run:
-    raise SystemExit
+if dry_run:
+    ranks.leave()
 
 if ranks.is_main and init_from != 'resume':
     checkpoints.move_aside(out_dir)
@@ -242,7 +244,7 @@ while True:
             checkpoints.save({
                 'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                 'model_args': model_args, 'iter_num': step, 'best_val_loss': best_val_loss, 'config': config,
-                'meta': meta, 'epoch': step * tokens_per_step / n_train, 'torch': torch.__version__,
+                'meta': meta, 'epoch': step * tokens_per_step / n_train, 'torch': str(torch.__version__),
             }, out_dir, names)
             checkpoints.prune(out_dir, keep_last)
     if is_last:
@@ -286,7 +288,7 @@ while True:
 # what came of it
 
 if ranks.is_main:
-    errands.show_sample(raw_model, meta, data['val'][:32], device, dtype)
+    errands.show_sample(raw_model, meta, device, dtype)
     errands.show_next_commands(out_dir)
 journal.close()
-ranks.stop()
+ranks.leave()

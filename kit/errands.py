@@ -15,6 +15,10 @@ def first_look(model, x, y, meta, device, dtype, from_scratch):
     Show one micro-step, x and y (B, T), before any training: shapes, a piece of the text, and whether a new model's
     first loss is that of a fair guess, ln(vocab_size). Returns the seconds of one pass forward and backward.
     """
+    c, n_params = model.config, model.count_params()
+    memory = devices.estimate_memory(n_params, x.numel(), c.n_layer, c.n_embd, c.vocab_size, dtype)
+    print(f'model: {n_params / 1e6:.2f}M parameters in {c.n_layer} layers of {c.n_head} heads and {c.n_embd} channels; '
+          f'training takes about {memory / 2**30:.2f} GiB of memory')
     print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is x moved on by one token')
     try:
         text = tokens.tokenizer(meta['tokenizer'])
@@ -28,13 +32,16 @@ def first_look(model, x, y, meta, device, dtype, from_scratch):
     print(f'first loss: {loss:.4f}; a fair guess among {model.config.vocab_size:,} ids would have {guess:.4f}')
     if from_scratch and not abs(loss - guess) < FIRST_LOSS_OFF:
         print('WARNING: a new model should start near a fair guess; look at the initialisation and at the data')
-    start = time.perf_counter()
-    with devices.autocast(device, dtype):
-        _, loss = model(x, y)
-    loss.backward()
-    devices.synchronize(device)
+    seconds = []
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        with devices.autocast(device, dtype):
+            _, loss = model(x, y)
+        loss.backward()
+        devices.synchronize(device)
+        seconds.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
-    return time.perf_counter() - start
+    return min(seconds)
 
 
 def test(model, splits, batch_size, device, dtype):
@@ -47,19 +54,18 @@ def test(model, splits, batch_size, device, dtype):
           f'({len(splits[split]) - 1:,} tokens)')
 
 
-def show_sample(model, meta, ids, device, dtype, length=400):
-    """Print a text of the model's own that goes on from the given ids."""
+def show_sample(model, meta, device, dtype, length=400):
+    """Print a text of the model's own, as sample.py would begin it: after a line break."""
     try:
         text = tokens.tokenizer(meta['tokenizer'])
-    except OSError:
-        print('no sample: the files of the tokenizer could not be downloaded')
+        prompt = text.encode('\n')
+    except (OSError, ValueError) as error:  # the tokenizer had to be downloaded, or knows no line break
+        print(f'no sample: {error}')
         return
     model.eval()
-    prompt = devices.send(ids[None, :model.config.block_size], device)
     with devices.autocast(device, dtype):
-        written = model.generate(prompt, length, temperature=0.8, n_ids=text.size)[0, prompt.size(1):]
-    print(f'\na sample of its own, after {tokens.decode(text, ids.tolist())!r}:\n')
-    print(tokens.decode(text, written.tolist()), '\n')
+        ids = model.generate(torch.tensor([prompt], device=device), length, temperature=0.8, n_ids=text.size)
+    print(f'\na sample of its own:\n{tokens.decode(text, ids[0].tolist())}\n')
 
 
 def show_next_commands(out_dir):

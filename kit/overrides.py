@@ -187,12 +187,14 @@ def nearest(name, names):
 
 def print_help(settings, names):
     """The script's docstring, then its settings as the source has them: name, default, comment."""
-    print(settings['__doc__'].strip(), '\n\nsettings (--name=value, or in a config file):')
+    print(settings['__doc__'].strip())
+    if names:
+        print('\nsettings (--name=value, or in a config file):')
     source = Path(settings['__file__']).read_text(encoding='utf-8')
     lines = source.splitlines()
     assignments = {n.lineno: n for n in ast.parse(source).body
                    if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', None) in names}
-    for number in range(min(assignments) - 1, max(assignments) + 1):
+    for number in range(min(assignments, default=1) - 1, max(assignments, default=-1) + 1):
         line = lines[number - 1]
         if number in assignments:
             node = assignments[number]

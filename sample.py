@@ -1,0 +1,106 @@
+"""
+Let a trained GPT write.
+
+$ python sample.py --start="To be" --num_samples=3              from best.pt of checkpoints/
+$ python sample.py --start=FILE:prompt.txt --temperature=0      the prompt from a file; always the likeliest token
+$ python sample.py --checkpoint=exp1_baseline/ckpt.pt
+$ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --max_new_tokens=100
+"""
+
+from pathlib import Path
+
+import torch
+
+from kit import checkpoints, devices, overrides, pretrained, tokens
+from model import GPT, GPTConfig
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+init_from = 'resume'        # resume (a checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder
+out_dir = 'checkpoints'     # where the checkpoint is: best.pt, else ckpt.pt
+checkpoint = ''             # or this very file
+start = '\n'                # the prompt, or FILE:prompt.txt
+num_samples = 1             # drawn side by side as one batch; a single one is shown as it is written
+max_new_tokens = 500        # tokens in each, at most
+temperature = 0.8           # below 1 bolder, above 1 wilder, 0 = always the likeliest token
+top_k = 200                 # only the k likeliest tokens, 0 = all
+top_p = 1.0                 # only the likeliest tokens that together reach this probability
+stop = ''                   # end where this text appears
+seed = 1337                 # another seed, another text
+device = 'auto'             # auto, cpu, cuda, cuda:1, mps
+dtype = 'auto'              # auto, float32, bfloat16, float16
+
+config = overrides.apply(globals(), [
+    'num_samples >= 1', 'max_new_tokens >= 1', 'temperature >= 0', 'top_k >= 0', '0 < top_p <= 1', 'seed >= 0',
+    'dtype in ("auto", "float32", "bfloat16", "float16")',
+    'start  # the prompt is empty: give at least one character, a line break ("\\n") is the default',
+])
+if start.startswith('FILE:'):
+    try:
+        start = Path(start[5:]).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        overrides.fail(f'start = {start!r}: the file cannot be read ({error})')
+    if not start:
+        overrides.fail(f'start = {config["start"]!r}: the file is empty, and a prompt needs at least one character')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model and tokenizer
+
+if init_from == 'resume':
+    path = checkpoint or checkpoints.best(out_dir)
+    saved = checkpoints.load(path)
+    print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
+else:
+    saved = pretrained.load(init_from)
+device = devices.choose_device(device)
+dtype = devices.choose_dtype(dtype, device)
+model = GPT(GPTConfig(**saved['model_args'] | {'dropout': 0.0}))
+model.load_state_dict(saved['model'])
+model.eval().to(device)
+
+# nanoGPT's checkpoints do not hold their tokenizer, but they name the dataset
+meta = saved.get('meta') or tokens.read_meta(tokens.dataset_folder(saved.get('config', {}).get('dataset', '')))
+try:
+    text = tokens.tokenizer(meta['tokenizer'])
+    prompt = text.encode(start)
+except ValueError as error:
+    overrides.fail(f'start: {error}')
+except OSError as error:
+    overrides.fail(f'the files of the tokenizer {meta["tokenizer"]["name"]} could not be downloaded '
+                   f'({type(error).__name__}); give a folder FLATGPT_MIRROR with them in tiktoken/')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# write
+
+torch.manual_seed(seed)
+rows = [list(prompt) for _ in range(num_samples)]  # ids, the prompt first
+is_done = [False] * num_samples
+tail = len(stop.encode())  # as many tokens are sure to hold the text to stop at
+
+
+def written(row):
+    """The text of a row, up to where it stops."""
+    prompt_text, new = start, tokens.decode(text, row[len(prompt):])
+    return prompt_text + (new[:new.find(stop)] if stop and stop in new else new)
+
+
+shown = 0
+with devices.autocast(device, dtype):
+    ids = model.stream(torch.tensor(rows, device=device), temperature, top_k, top_p, n_ids=text.size)
+    for _ in range(max_new_tokens):
+        for i, new in enumerate(next(ids)[:, 0].tolist()):
+            if not is_done[i]:
+                rows[i].append(new)
+                is_done[i] = bool(stop) and stop in tokens.decode(text, rows[i][len(prompt):][-tail:])
+        if all(is_done):
+            break
+        if num_samples == 1:  # show what can no longer change: half a character, half a stop text can
+            sure = written(rows[0]).rstrip('\N{REPLACEMENT CHARACTER}')
+            sure = sure[:len(sure) - len(stop)] if stop else sure
+            print(sure[shown:], end='', flush=True)
+            shown = max(shown, len(sure))
+for row in rows:
+    print(written(row)[shown:])
+    if num_samples > 1:
+        print('---------------')

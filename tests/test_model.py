@@ -1,0 +1,149 @@
+"""The model against plain arithmetic: attention, loss, cache, and the draw of the next token."""
+
+import math
+
+import pytest
+import torch
+
+import model as models
+from model import GPT, GPTConfig
+
+CONFIG = dict(block_size=16, vocab_size=23, n_layer=3, n_head=2, n_embd=16, dropout=0.0)
+
+
+@pytest.fixture(params=[True, False], ids=['bias', 'no bias'])
+def model(request):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**CONFIG, bias=request.param)).eval()
+    for p in model.parameters():  # far from the initialisation, where mistakes in it would hide
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def by_hand(model, idx):
+    """GPT-2's logits for one row, token by token and head by head, as the papers write them."""
+    w, c = model.state_dict(), model.config
+    linear = lambda x, name: x @ w[f'{name}.weight'].T + w.get(f'{name}.bias', 0)
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5)
+        return x * w[f'{name}.weight'] + w.get(f'{name}.bias', 0)
+    x = torch.stack([w['transformer.wte.weight'][i] + w['transformer.wpe.weight'][t] for t, i in enumerate(idx)])
+    for layer in range(c.n_layer):
+        h, size = f'transformer.h.{layer}', c.n_embd // c.n_head
+        q, k, v = linear(norm(x, f'{h}.ln_1'), f'{h}.attn.c_attn').split(c.n_embd, dim=-1)
+        y = torch.zeros_like(x)
+        for head in range(c.n_head):
+            s = slice(head * size, (head + 1) * size)
+            for t in range(len(idx)):
+                scores = torch.stack([q[t, s] @ k[u, s] for u in range(t + 1)]) / math.sqrt(size)
+                y[t, s] = sum(p * v[u, s] for u, p in enumerate(scores.softmax(0)))
+        x = x + linear(y, f'{h}.attn.c_proj')
+        z = linear(norm(x, f'{h}.ln_2'), f'{h}.mlp.c_fc')
+        x = x + linear(z * 0.5 * (1 + torch.erf(z / math.sqrt(2))), f'{h}.mlp.c_proj')
+    return norm(x, 'transformer.ln_f') @ w['transformer.wte.weight'].T
+
+
+def test_logits_and_loss_are_the_papers(model):
+    idx, targets = torch.randint(23, (2, 11)), torch.randint(23, (2, 11))
+    targets[0, 3:5] = -1
+    logits, loss = model(idx, targets)
+    expected = torch.stack([by_hand(model, row) for row in idx])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    terms = [-expected[b, t].log_softmax(0)[targets[b, t]] for b in range(2) for t in range(11) if targets[b, t] >= 0]
+    torch.testing.assert_close(loss, sum(terms) / len(terms), rtol=1e-4, atol=1e-4)
+    last, none = model(idx)
+    assert none is None and last.shape == (2, 1, 23)
+    torch.testing.assert_close(last[:, 0], logits[:, -1])
+
+
+def test_a_token_sees_nothing_that_comes_later(model):
+    idx = torch.randint(23, (1, 16))
+    before = model(idx, idx)[0][:, :9]
+    idx[:, 9:] = (idx[:, 9:] + 1) % 23
+    assert torch.equal(before, model(idx, idx)[0][:, :9])
+
+
+def test_cached_logits_are_the_uncached(model):
+    idx = torch.randint(23, (3, 16))
+    caches = [models.KVCache(16) for _ in range(3)]
+    with torch.no_grad():
+        hidden = [model.hidden(idx[:, :5], caches)] + [model.hidden(idx[:, t:t + 1], caches) for t in range(5, 16)]
+        torch.testing.assert_close(torch.cat(hidden, dim=1), model.hidden(idx), rtol=1e-4, atol=1e-5)
+
+
+def test_greedy_text_is_the_uncached(model):
+    """Within a window as the plain loop does it; a full window is read anew from its second half."""
+    written = model.generate(torch.tensor([[1, 2, 3]] * 2), 40, temperature=0)
+    ids, seen = [1, 2, 3], [1, 2, 3]
+    for _ in range(40):
+        ids.append(int(model(torch.tensor([seen]))[0][0, -1].argmax()))
+        seen = seen + ids[-1:] if len(seen) < 16 else ids[-8:]
+    assert written.tolist() == [ids, ids]
+
+
+def test_prompts_longer_than_the_window(model):
+    prompt = torch.randint(23, (1, 40))
+    written = model.generate(prompt, 1, temperature=0)
+    assert torch.equal(written[:, :40], prompt)
+    assert written[0, 40] == model(prompt[:, -16:])[0][0, -1].argmax()
+
+
+def test_too_long_a_row_is_named(model):
+    with pytest.raises(ValueError, match='17 tokens do not fit block_size = 16'):
+        model(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_impossible_heads_are_named():
+    with pytest.raises(ValueError, match='n_embd = 16 must be a multiple of n_head = 3'):
+        GPT(GPTConfig(**CONFIG | {'n_head': 3}))
+
+
+@pytest.mark.parametrize('temperature, top_k, top_p', [(1, 0, 1), (0.5, 0, 1), (2, 3, 1), (1, 99, 1), (1, 0, 0.6),
+                                                       (0.7, 4, 0.8), (1, 1, 1), (1, 0, 1e-6), (1e-30, 0, 1)])
+def test_draws_follow_the_distribution(temperature, top_k, top_p):
+    """Against a loop over the sorted probabilities, by counting."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 1.5])
+    probs = (logits.double() / temperature).softmax(0)
+    allowed, mass = [], 0.0
+    for i in probs.argsort(descending=True).tolist()[:top_k or None]:
+        allowed.append(i)
+    kept = probs[allowed] / probs[allowed].sum()
+    for n, p in enumerate(kept.tolist()):
+        mass += p
+        if mass >= top_p:
+            allowed = allowed[:n + 1]
+            break
+    expected = torch.zeros(6, dtype=torch.double)
+    expected[allowed] = probs[allowed] / probs[allowed].sum()
+    torch.manual_seed(0)
+    drawn = models.choose(logits.repeat(20_000, 1), temperature, top_k, top_p)
+    counted = torch.bincount(drawn[:, 0], minlength=6) / 20_000
+    assert (counted[expected == 0] == 0).all()
+    assert (counted - expected).abs().max() < 0.018  # 5 sigma
+
+
+def test_temperature_zero_takes_the_likeliest():
+    assert models.choose(torch.tensor([[0.0, 3.0, 1.0]]), 0, 0, 1.0).tolist() == [[1]]
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(model):
+    ids = model.generate(torch.zeros(64, 1, dtype=torch.long), 30, temperature=5.0, n_ids=3)
+    assert ids.max() == 2
+
+
+def test_a_new_model_guesses_fairly():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=300, n_layer=4, n_head=4, n_embd=128))
+    idx = torch.randint(300, (8, 64))
+    assert abs(model(idx, idx.roll(1))[1].item() - math.log(300)) < 0.1
+    assert abs(model.transformer.h[0].mlp.c_proj.weight.std().item() - 0.02 / math.sqrt(8)) < 2e-4
+    assert abs(model.transformer.wte.weight.std().item() - 0.02) < 2e-4
+
+
+def test_facts():
+    model = GPT(GPTConfig())  # GPT-2
+    matrices, vectors = 50304 * 768 + 12 * 12 * 768 * 768, 12 * (2 * 2 + 3 + 1 + 4 + 1) * 768 + 2 * 768
+    assert model.count_params() == matrices + vectors  # 124M, as GPT-2 small is called
+    assert model.count_params(non_embedding=False) == matrices + vectors + 1024 * 768
+    assert model.flops_per_token() == 6 * (matrices + vectors) + 12 * 12 * 768 * 1024
