@@ -16,7 +16,7 @@ logs = [Path(run) / 'training.log' if Path(run).is_dir() else Path(run) for run 
 if not logs:
     logs = sorted(Path().glob('*/training.log'), key=lambda path: path.stat().st_mtime)[-1:]
     if not logs:
-        overrides.fail('no folder here holds a training.log; train first (python train.py), or name the folder of a run')
+        overrides.fail('no folder here holds a training.log; train first, or name the folder of a run')
 for log in logs:
     if not log.is_file():
         overrides.fail(f'{log}: there is no such log')

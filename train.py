@@ -15,8 +15,19 @@ from pathlib import Path
 
 import torch
 
-from kit import (batches, checkpoints, corpora, devices, errands, evaluation, optimizers, overrides, pretrained, ranks,
-                 tokens)
+from kit import (
+    batches,
+    checkpoints,
+    corpora,
+    devices,
+    errands,
+    evaluation,
+    optimizers,
+    overrides,
+    pretrained,
+    ranks,
+    tokens,
+)
 from kit.journal import Journal, duration, short
 from model import GPT, GPTConfig
 
@@ -84,7 +95,7 @@ RULES = [
     'not decay_lr or min_lr <= learning_rate  # the rate must decay downwards; lower min_lr, or --decay_lr=False',
     'not decay_lr or not lr_decay_iters or warmup_iters < lr_decay_iters  # warmup must end before the decay does',
     'sampling in ("random", "shuffle", "sequential")', 'dtype in ("auto", "float32", "bfloat16", "float16")',
-    'out_dir  # it needs the name of a folder', 'dataset  # it needs the name of a folder in data/',
+    'out_dir.strip("./")  # the run needs a folder of its own, such as --out_dir=exp1', 'dataset  # it needs the name of a folder in data/',
 ]
 config = overrides.apply(globals(), RULES)
 if wandb_log:
@@ -102,16 +113,16 @@ elif init_from != 'scratch':
     saved = pretrained.load(init_from)
 if saved:
     config = overrides.adopt(
-        globals(), saved.get('config', {}) | saved['model_args'], config, RULES, fixed=('n_layer', 'n_head', 'n_embd', 'bias'),
+        globals(), saved.get('config', {}) | saved['model_args'], config, RULES,
+        fixed=('n_layer', 'n_head', 'n_embd', 'bias'),  # of the model
         launch=('out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'device', 'compile', 'backend'))
 
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
 dtype = devices.choose_dtype(dtype, device)
-ranks.start(backend, device)
-
 if gradient_accumulation_steps % ranks.world_size:
     overrides.fail(f'gradient_accumulation_steps = {gradient_accumulation_steps}: it counts over all processes and '
                    f'must be a multiple of their number, {ranks.world_size}')
+ranks.start(backend, device)
 micro_steps = gradient_accumulation_steps // ranks.world_size  # of this process
 rows_per_step = batch_size * gradient_accumulation_steps
 tokens_per_step = rows_per_step * block_size
@@ -124,7 +135,7 @@ data, meta = tokens.read_dataset(corpora.find_or_prepare(dataset), block_size)
 
 def get_batch(split, step, micro_step):
     """x and y of one micro-step of this process, each (batch_size, block_size); y is x moved on by one token."""
-    step, micro_step = step + micro_step // micro_steps, micro_step % micro_steps  # one past the last is the next step's
+    step, micro_step = step + micro_step // micro_steps, micro_step % micro_steps  # the one after the last
     starts = batches.window_starts(len(data[split]), block_size, rows_per_step, seed, step, sampling)
     first = (micro_step * ranks.world_size + ranks.rank) * batch_size
     rows = batches.windows(data[split], starts[first:first + batch_size], block_size)  # (B, T + 1)
@@ -162,7 +173,6 @@ flops_per_step = raw_model.flops_per_token() * tokens_per_step
 if devices.choose_compile(compile, device, flops_per_step * max_iters):
     raw_model.compile()
 model = ranks.wrap(raw_model, device)
-peak_flops = devices.peak_flops(device, dtype) * ranks.world_size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the learning rate of a step: linear warmup, then a cosine down to min_lr (arXiv:1608.03983), or constant
@@ -205,11 +215,14 @@ if eval_only:
 X, Y = get_batch('train', step, 0)
 seconds = errands.first_look(raw_model, X, Y, meta, device, dtype, init_from == 'scratch')
 n_train = len(data['train'])
-print(f'a step: {batch_size} rows x {gradient_accumulation_steps} micro-steps x {block_size} = {tokens_per_step:,} tokens')
-print(f'the run: {max_iters:,} steps = {max_iters * tokens_per_step / n_train:.2f} epochs of {n_train:,} tokens, about '
-      f'{duration(seconds * micro_steps * (max_iters - step))} without evaluations')
+print(f'a step: {batch_size} rows x {gradient_accumulation_steps} micro-steps x {block_size} tokens = '
+      f'{tokens_per_step:,} tokens')
+print(f'the run: {max_iters:,} steps = {max_iters * tokens_per_step / n_train:.2f} epochs of {n_train:,} tokens, '
+      f'about {duration(seconds * micro_steps * max(0, max_iters - step))} without evaluations')
 if warmup_iters >= max_iters:
     print(f'warmup_iters = {warmup_iters} is not below max_iters = {max_iters}: the rate climbs to the end')
+if step >= max_iters:
+    print(f'all {max_iters:,} steps are made; a higher --max_iters goes on')
 if dry_run:
     ranks.leave()
 
@@ -235,7 +248,7 @@ while True:
         figures = evaluate()
         is_best = figures['val/loss'] < best_val_loss
         best_val_loss = min(best_val_loss, figures['val/loss'])
-        journal.record(step, figures | {'lr': lr})
+        journal.record(step, figures)
     is_due = is_new and save_interval and step % save_interval == 0
     if step > 0 and (is_last or is_due or is_evaluated and (is_best or always_save_checkpoint)):
         names = [f'step_{step:07d}.pt'] * bool(is_due) + ['ckpt.pt'] + ['best.pt'] * is_best
@@ -274,7 +287,8 @@ while True:
     if log_interval and step % log_interval == 0 or step + 1 == max_iters:
         loss_of_step = ranks.total(loss_of_step).item() / ranks.world_size
         seconds = (time.time() - clock) / steps_timed
-        rate, mfu = tokens_per_step / seconds, flops_per_step / seconds / peak_flops
+        rate = tokens_per_step / seconds
+        mfu = flops_per_step / seconds / (devices.peak_flops(device, dtype) * ranks.world_size)
         epoch = (step + 1) * tokens_per_step / n_train
         print(f'iter {step}: loss {loss_of_step:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu:.2%}, lr {lr:.1e}, '
               f'norm {grad_norm:.2f}, {short(rate)} tok/s, eta {duration(seconds * (max_iters - step - 1))}, '

@@ -1,6 +1,7 @@
 """Checkpoints on disk: written whole or not at all, found, loaded, pruned."""
 
 import os
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -77,16 +78,19 @@ def load(path):
     A checkpoint of this project or of nanoGPT, on the CPU, its model's names without the prefix and the masks that
     torch.compile and old versions have left there. Nothing in the file is run.
     """
+    if not Path(path).exists():
+        fail(f'{path}: there is no such checkpoint')
     try:
+        if not zipfile.is_zipfile(path):  # as everything that torch.save writes; other pickles are not even opened
+            raise ValueError('it is no archive of torch.save')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         state = {name.removeprefix('_orig_mod.'): value for name, value in checkpoint['model'].items()}
         checkpoint['model'] = {name: value for name, value in state.items() if not name.endswith('.attn.bias')}
         checkpoint['model_args'], checkpoint['iter_num']
-    except FileNotFoundError:
-        fail(f'{path}: there is no such checkpoint')
+    except pickle.UnpicklingError:
+        fail(f'{path} is damaged, or no checkpoint of flatGPT or nanoGPT (it asks for code, and that is never run)')
     except Exception as error:  # torch raises many kinds here, and each means that this file will not do
-        fail(f'{path} is damaged, or no checkpoint of flatGPT or nanoGPT '
-             f'({type(error).__name__}: {str(error).splitlines()[0][:100]})')
+        fail(f'{path} is damaged, or no checkpoint of flatGPT or nanoGPT ({type(error).__name__}: {str(error)[:80]})')
     return checkpoint
 
 

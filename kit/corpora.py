@@ -39,7 +39,7 @@ def find_or_prepare(name):
         if name in LARGE:
             fail(f'dataset = {name!r} is not there yet, and it is large: python prepare.py {name}')
         if name not in SMALL:
-            there = [path.parent.name for path in sorted(folder.parent.glob('*/train.bin'))]
+            there = [path.parent.name for root in (Path('data'), HOUSE / 'data') for path in root.glob('*/train.bin')]
             fail(f'dataset = {name!r}: there is no {folder / "train.bin"}{nearest(name, [*there, *SMALL, *LARGE])}; '
                  f'python prepare.py --input=FILE --dataset={name} makes it from a text of yours')
         if ranks.is_main:
@@ -68,13 +68,15 @@ def prepare(name, source='', tokenizer='', overwrite=False):
     if name == 'openwebtext':
         return prepare_openwebtext(folder)
     if name == 'python_docs':
-        texts, source, split = split_documents(python_documentation())
+        texts = split_documents(python_documentation())
         source = f'the documentation of Python {sys.version.split()[0]}'
+        split = 'whole documents: 90%, 5% and 5% of the text'
     elif name in SMALL:
         text = read_shakespeare(root, source)
         cut = int(len(text) * 0.9)
         texts = {'train': text[:cut], 'val': text[cut:]}
-        source, split = 'Tiny Shakespeare', "the first 90% and the last 10%, as nanoGPT's; test is the second half of val"
+        source = 'Tiny Shakespeare'
+        split = "the first 90% and the last 10%, as nanoGPT's; test is the second half of val"
     elif source:
         text = read_text(Path(source))
         cuts = int(len(text) * 0.9), int(len(text) * 0.95)
@@ -121,7 +123,7 @@ def split_documents(documents):
     parts = {'train': [], 'val': [], 'test': []}
     for text, end in zip(shuffled, ends):
         parts['train' if end <= 0.9 else 'val' if end <= 0.95 else 'test'].append(text)
-    return {split: '\n\n'.join(part) for split, part in parts.items()}, '', 'whole documents: 90%, 5% and 5% of the text'
+    return {split: '\n\n'.join(part) for split, part in parts.items()}
 
 
 def read_text(path):
@@ -154,8 +156,8 @@ def read_shakespeare(root, source):
         try:
             downloads.fetch(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
         except OSError as error:
-            fail(f'Tiny Shakespeare could not be downloaded ({error}); fetch {SHAKESPEARE_URL} by hand and give it with '
-                 'prepare.py --input=FILE, or as tinyshakespeare.txt in a folder that the environment variable '
+            fail(f'Tiny Shakespeare could not be downloaded ({error}); fetch {SHAKESPEARE_URL} by hand and give it '
+                 'with prepare.py --input=FILE, or as tinyshakespeare.txt in a folder that the environment variable '
                  'FLATGPT_MIRROR names; the dataset python_docs needs no network')
     if not path.is_file():
         fail(f'--input={source}: there is no such file')

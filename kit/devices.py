@@ -4,6 +4,7 @@ Which device, number format and compiler a run takes. Chosen by fixed rules; eac
 
 import time
 from contextlib import nullcontext
+from functools import cache
 
 import numpy as np
 import torch
@@ -97,8 +98,9 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
+@cache
 def peak_flops(device, dtype):
-    """The FLOP/s that this device could reach at best, for MFU. A device with no data sheet here is measured."""
+    """The FLOP/s that this device could reach at best, for MFU. A device with no data sheet here is measured, once."""
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAK_FLOPS.items():

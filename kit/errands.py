@@ -26,21 +26,20 @@ def first_look(model, x, y, meta, device, dtype, from_scratch):
             print(f'  {name}[0] = {ids[:6]}... = {tokens.decode(text, ids)!r}...')
     except OSError:
         print(f'  x[0] = {x[0, :16].tolist()}... (the files of the tokenizer could not be downloaded)')
-    with torch.no_grad(), devices.autocast(device, dtype):
-        loss = model(x, y)[1].item()
-    guess = math.log(model.config.vocab_size)
-    print(f'first loss: {loss:.4f}; a fair guess among {model.config.vocab_size:,} ids would have {guess:.4f}')
-    if from_scratch and not abs(loss - guess) < FIRST_LOSS_OFF:
-        print('WARNING: a new model should start near a fair guess; look at the initialisation and at the data')
-    seconds = []
-    for _ in range(2):  # the first one warms up
+    seconds, first_loss = [], None
+    for _ in range(2):  # the first pass warms up
         start = time.perf_counter()
         with devices.autocast(device, dtype):
             _, loss = model(x, y)
         loss.backward()
         devices.synchronize(device)
         seconds.append(time.perf_counter() - start)
+        first_loss = first_loss or loss.item()
     model.zero_grad(set_to_none=True)
+    guess = math.log(c.vocab_size)
+    print(f'first loss: {first_loss:.4f}; a fair guess among {c.vocab_size:,} ids would have {guess:.4f}')
+    if from_scratch and not abs(first_loss - guess) < FIRST_LOSS_OFF:
+        print('WARNING: a new model should start near a fair guess; look at the initialisation and at the data')
     return min(seconds)
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from kit import ranks
+from kit.overrides import fail
 
 # the tags of the figures in TensorBoard, where they differ from those in metrics.jsonl and Weights & Biases
 TAGS = {
@@ -43,8 +44,8 @@ class Journal:
         if ranks.is_main:
             self.console.flush()
 
-    def isatty(self):
-        return self.console.isatty()
+    def __getattr__(self, name):  # isatty, encoding, fileno, ...
+        return getattr(self.console, name)
 
     def open(self, out_dir, run_name, config, tensorboard=False, wandb_project=''):
         """From here on write training.log and metrics.jsonl in out_dir, TensorBoard under runs/, and W&B if named."""
@@ -54,8 +55,11 @@ class Journal:
             import wandb
             self.wandb = wandb.init(project=wandb_project, name=run_name, config=config)
         out_dir = Path(out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        self.log = open(out_dir / 'training.log', 'a', encoding='utf-8', buffering=1)
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            self.log = open(out_dir / 'training.log', 'a', encoding='utf-8', buffering=1)
+        except OSError as error:
+            fail(f'out_dir = {str(out_dir)!r}: nothing can be written there ({error.strerror}); choose another folder')
         self.log.write(''.join(self.early))
         self.metrics = open(out_dir / 'metrics.jsonl', 'a', encoding='utf-8', buffering=1)
         self.start = time.time()

@@ -38,7 +38,8 @@ def apply(settings, rules=(), operands=None):
     operands: a list that takes the bare words; without it a bare word is an error.
     Returns the settings as a dict. Arguments count from left to right, the later ones win.
     """
-    names = [k for k, v in settings.items() if not k.startswith('_') and (v is None or type(v) in (int, float, bool, str))]
+    types_of_settings = int, float, bool, str, type(None)
+    names = [k for k, v in settings.items() if not k.startswith('_') and type(v) in types_of_settings]
     defaults = {k: settings[k] for k in names}
     words = sys.argv[1:]
     if '--help' in words or '-h' in words:
@@ -87,7 +88,7 @@ def adopt(settings, saved, config, rules, fixed=(), launch=()):
         else:
             print(f'Not from the checkpoint: {name} = {config[name]} (it has {value})')
     config = {name: settings[name] for name in config}
-    check(rules, config)
+    check([rule for rule in rules if given.intersection(names_in(rule))], config)  # the others held when it was saved
     return config
 
 
@@ -102,9 +103,13 @@ def check(rules, config):
     for rule in rules:
         condition, _, mend = (part.strip() for part in rule.partition('#'))
         if not eval(condition, {'__builtins__': {}}, config):
-            used = dict.fromkeys(n.id for n in ast.walk(ast.parse(condition)) if isinstance(n, ast.Name))
-            values = ', '.join(f'{name} = {config[name]!r}' for name in used)
+            values = ', '.join(f'{name} = {config[name]!r}' for name in names_in(condition))
             fail(f'{values}: {mend or f"it must hold that {condition}"}')
+
+
+def names_in(condition):
+    """The names in a Python expression, each once, in their order."""
+    return dict.fromkeys(node.id for node in ast.walk(ast.parse(condition)) if isinstance(node, ast.Name))
 
 
 def override(settings, name, value):

@@ -32,8 +32,9 @@ class Result:
 
 @pytest.fixture(scope='session')
 def zygote():
-    process = subprocess.Popen([sys.executable, str(HOUSE / 'tests' / 'zygote.py')], text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # one thread: models this small gain nothing from more, and threads that wait for each other starve a busy machine
+    process = subprocess.Popen([sys.executable, str(HOUSE / 'tests' / 'zygote.py')], text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, env=os.environ | {'OMP_NUM_THREADS': '1'})
     yield process
     process.stdin.close()
     process.wait()

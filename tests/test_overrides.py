@@ -17,7 +17,7 @@ _private = 1
 words = []
 config = overrides.apply(globals(), ['0 < learning_rate < 1  # try 0.001', 'batch_size >= 1'] {operands})
 print(repr((batch_size, learning_rate, compile, decay_lr, start, words)))
-print(config == dict(batch_size=batch_size, learning_rate=learning_rate, compile=compile, decay_lr=decay_lr, start=start))
+print(list(config.values()) == [batch_size, learning_rate, compile, decay_lr, start])
 '''
 
 

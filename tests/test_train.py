@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -24,7 +25,8 @@ def torchrun(folder, *args):
     """train.py as two processes."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                str(HOUSE / 'train.py'), '--dataset=tiny', *TINY, *args]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
@@ -47,7 +49,6 @@ def test_a_run(train, tiny):
 def test_the_lines_are_those_of_the_contract(train):
     result = train('--max_iters=3')
     number = r'[0-9.]+'
-    import re
     assert re.search(rf'^step 0: train loss {number}, val loss {number}, val accuracy {number}%$', result.out, re.M)
     assert re.search(rf'^iter 2: loss {number}, time {number}ms, mfu {number}%, lr \d\.\de-\d\d, norm {number}, '
                      rf'{number}k? tok/s, eta 0s, epoch {number}$', result.out, re.M)
@@ -221,8 +222,8 @@ def test_an_earlier_run_is_moved_aside(train, tiny):
     for number in 0, 1, 2:
         result = train(f'--seed={number}')
     assert 'moved to checkpoints.2' in result.out
-    seeds = [torch.load(tiny / f'checkpoints{n}/ckpt.pt', weights_only=True)['config']['seed'] for n in ('.1', '.2', '')]
-    assert seeds == [0, 1, 2]
+    for number, name in enumerate(('checkpoints.1', 'checkpoints.2', 'checkpoints')):
+        assert torch.load(tiny / name / 'ckpt.pt', weights_only=True)['config']['seed'] == number
 
 
 @pytest.mark.parametrize('errand', ['--dry_run', '--eval_only'])
@@ -235,8 +236,8 @@ def test_errands_write_nothing(train, tiny, errand):
 
 def test_a_look_before_training(train):
     result = train('--dry_run', '--gradient_accumulation_steps=3', '--max_iters=100')
-    for said in ('x (4, 16), y (4, 16)', f'{math.log(27):.4f}', '4 rows x 3 micro-steps x 16 = 192 tokens', '1.07 epochs',
-                 'GiB of memory', 'in 2 layers of 2 heads', 'of 18,000 tokens'):
+    for said in ('x (4, 16), y (4, 16)', f'{math.log(27):.4f}', '1.07 epochs', 'GiB of memory',
+                 '4 rows x 3 micro-steps x 16 tokens = 192 tokens', 'in 2 layers of 2 heads', 'of 18,000 tokens'):
         assert said in result.out, said
     assert 'WARNING' not in result.out and not losses(result)
     x, y = (eval(line.split('... = ')[1][:-3]) for line in result.out.splitlines() if line.startswith('  '))
@@ -291,7 +292,8 @@ def test_tensorboard_and_matplotlib_wait(tmp_path):
     code = (f'import sys, runpy; sys.path[0] = {str(HOUSE)!r}; sys.argv = ["train.py", "--batch_size=0"]\n'
             'try: runpy.run_path(sys.path[0] + "/train.py")\n'
             'except SystemExit: pass\n'
-            'print([m for m in sys.modules if m.split(".")[0] in ("tensorboard", "matplotlib", "transformers", "wandb")])')
+            'late = "tensorboard", "matplotlib", "transformers", "wandb"\n'
+            'print([name for name in sys.modules if name.split(".")[0] in late])')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == '[]', done.stderr
 

@@ -1,0 +1,159 @@
+"""What users get wrong: one line on stderr that names it and the mend, status 2, nothing written."""
+
+import pickle
+
+import pytest
+import torch
+
+
+def one_line(result, named):
+    assert result.status == 2, result.out + result.err
+    assert result.err.count('\n') == 1, result.err
+    for word in named:
+        assert word in result.err
+
+
+@pytest.mark.parametrize('args, named', [
+    (['--lerning_rate=1e-3'], ['lerning_rate', 'learning_rate']),
+    (['--learning_rate=fast'], ['learning_rate', 'fast']),
+    (['--learning_rate=nan'], ['learning_rate', 'nan']),
+    (['--learning_rate=1e999'], ['learning_rate', '1e999']),
+    (['--learning_rate=0'], ['learning_rate = 0.0']),
+    (['--compile=maybe'], ['compile', 'maybe']),
+    (['--dropout=1.5'], ['dropout = 1.5', '0 <= dropout < 1']),
+    (['--dtype=float8'], ['dtype', 'float8', 'bfloat16']),
+    (['--sampling=any'], ['sampling', 'any', 'shuffle']),
+    (['config/missing.py'], ['config/missing.py']),
+    (['typo.py'], ['typo.py', 'batch_sise', 'batch_size']),
+    (['--n_embd=100', '--n_head=6'], ['n_embd = 100', 'n_head = 6', 'multiple']),
+    (['--batch_size=0'], ['batch_size = 0']),
+    (['--block_size=-1'], ['block_size = -1']),
+    (['--n_layer=0'], ['n_layer = 0']),
+    (['--max_iters=0'], ['max_iters = 0']),
+    (['--gradient_accumulation_steps=0'], ['gradient_accumulation_steps = 0']),
+    (['--eval_iters=-1'], ['eval_iters = -1']),
+    (['--warmup_iters=10', '--lr_decay_iters=10'], ['warmup_iters = 10', 'lr_decay_iters = 10', 'warmup must end']),
+    (['--min_lr=1'], ['min_lr = 1.0', 'learning_rate', 'decay']),
+    (['--device=cuda:7'], ['cuda:7', '--device=auto']),
+    (['--device=toaster'], ['toaster', 'cpu']),
+    (['--device=meta'], ['meta', 'cpu']),
+    (['--out_dir='], ['out_dir']),
+    (['--out_dir=.'], ['out_dir', 'folder of its own']),
+    (['--dataset=tinny'], ['tinny', 'tiny', 'prepare.py']),
+    (['--dataset=openwebtext'], ['openwebtext', 'python prepare.py openwebtext']),
+    (['--block_size=5000', '--n_embd=8'], ['val.bin', '1,000', 'block_size']),
+    (['--init_from=resume'], ['checkpoints/ckpt.pt', 'train first']),
+    (['--init_from=gpt3'], ['gpt3', 'gpt2-xl']),
+    (['--test'], ['checkpoints', 'no checkpoint']),
+    (['--test', '--checkpoint=none.pt'], ['none.pt', 'no such checkpoint']),
+    (['--test', '--checkpoint=text.txt'], ['text.txt', 'damaged, or no checkpoint']),
+    (['--test', '--checkpoint=other.pt'], ['other.pt', 'no checkpoint']),
+    (['--test', '--checkpoint=hostile.pt'], ['hostile.pt', 'no checkpoint']),
+    (['--test', '--checkpoint=data'], ['data', 'no checkpoint']),
+    (['--wandb_log'], ['wandb_log', 'pip install wandb']),
+])
+def test_train(train, tiny, args, named):
+    (tiny / 'typo.py').write_text('batch_sise = 8\n')
+    torch.save({'other': 1}, tiny / 'other.pt')
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tiny / 'ran'), 'w')
+    with open(tiny / 'hostile.pt', 'wb') as file:
+        pickle.dump({'model': Evil(), 'model_args': {}, 'iter_num': 0}, file)
+    before = sorted(tiny.rglob('*'))
+    one_line(train(*args), named)
+    assert sorted(tiny.rglob('*')) == before
+
+
+@pytest.mark.parametrize('args', [
+    ['--warmup_iters=100', '--max_iters=2'],
+    ['--learning_rate=3e-5', '--min_lr=6e-5', '--decay_lr=False', '--max_iters=2'],
+    ['--warmup_iters=10', '--lr_decay_iters=10', '--decay_lr=False', '--max_iters=2'],
+    ['--grad_clip=0.0', '--max_iters=2'],
+    ['--weight_decay=0', '--learning_rate=1', '--max_iters=2'],
+    ['--eval_interval=0', '--log_interval=0', '--save_interval=0', '--max_iters=2'],
+    ['--max_iters=1', '--bias=True', '--n_embd=96', '--n_head=6'],
+    ['--max_iters=2', '--compile=False', '--backend=gloo', '--device=cpu', '--eval_iters=500'],
+])
+def test_values_of_real_recipes_pass(train, args):
+    result = train(*args)
+    assert result.status == 0, result.err
+    assert f'step {2 if "--max_iters=2" in args else 1}: ' in result.out
+
+
+def test_torchrun_needs_a_multiple(train):
+    """As torchrun starts it, one of two processes: the mistake is found before they meet."""
+    one_line(train('--gradient_accumulation_steps=3', env={'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'}),
+             ['gradient_accumulation_steps = 3', '2'])
+
+
+def test_only_one_rank_tells_of_a_mistake(train):
+    result = train('--batch_size=0', env={'RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_RANK': '1'})
+    assert result.status == 2 and result.err == ''
+
+
+@pytest.mark.parametrize('change, named', [
+    (['--n_layer=3'], ['n_layer = 3', 'n_layer = 2']),
+    (['--n_embd=64'], ['n_embd = 64', '32']),
+    (['--block_size=32'], ['block_size = 32', '16 positions']),
+    (['--dataset=other'], ['dataset', 'tokenizer']),
+    (['--learning_rate=-1'], ['learning_rate = -1']),
+    (['--min_lr=0.5'], ['min_lr = 0.5', 'learning_rate']),
+])
+def test_resume_with_what_does_not_fit(train, run, tiny, change, named):
+    train()
+    (tiny / 'other.txt').write_text('0123456789 \u00e4\u00f6\n' * 500)
+    assert run('prepare.py', '--input=other.txt', '--dataset=other').status == 0
+    before = sorted(tiny.rglob('*'))
+    one_line(run('train.py', '--init_from=resume', '--device=cpu', *change), named)
+    assert sorted(tiny.rglob('*')) == before
+
+
+def test_checkpoints_cut_short(train, tiny):
+    train()
+    path = tiny / 'checkpoints/ckpt.pt'
+    path.write_bytes(path.read_bytes()[:-1000])
+    one_line(train('--init_from=resume'), ['ckpt.pt', 'damaged'])
+
+
+def test_unwritable_folder(train, tiny):
+    (tiny / 'file').write_text('')
+    one_line(train('--out_dir=file/run'), ['file/run', 'out_dir'])
+
+
+@pytest.mark.parametrize('args, named', [
+    (['--start='], ['empty', 'at least one character']),
+    (['--start=FILE:none.txt'], ['none.txt']),
+    (['--start=FILE:empty.txt'], ['empty.txt', 'empty']),
+    (['--start=\u4e16'], ['\u4e16', '27 characters']),
+    (['--temperature=-1'], ['temperature = -1']),
+    (['--top_k=-1'], ['top_k = -1']),
+    (['--top_p=0'], ['top_p = 0']),
+    (['--num_samples=0'], ['num_samples = 0']),
+    (['--max_new_tokens=0'], ['max_new_tokens = 0']),
+    (['--out_dir=nowhere'], ['nowhere', 'no checkpoint']),
+    (['--checkpoint=text.txt'], ['text.txt', 'no checkpoint']),
+    (['--init_from=gpt3'], ['gpt3']),
+    (['--device=cuda:9'], ['cuda:9']),
+    (['--stpo=x'], ['stpo', 'stop']),
+])
+def test_sample(train, run, tiny, args, named):
+    train('--max_iters=1')
+    (tiny / 'empty.txt').touch()
+    one_line(run('sample.py', *args), named)
+
+
+@pytest.mark.parametrize('args, named', [
+    ([], ['no folder here', 'train first']),
+    (['nowhere'], ['nowhere']),
+    (['empty'], ['empty', 'no line of a run']),
+    (['noise'], ['noise', 'no line of a run']),
+    (['--shwo'], ['shwo']),
+])
+def test_plot_loss(run, tmp_path, args, named):
+    for name, content in ('empty', b''), ('noise', bytes(range(256)) * 50):
+        (tmp_path / 'logs' / name).mkdir(parents=True)
+        (tmp_path / 'logs' / name / 'training.log').write_bytes(content)
+    cwd = tmp_path / 'logs' if args in (['empty'], ['noise']) else tmp_path
+    one_line(run('plot_loss.py', *args, cwd=cwd), named)
