@@ -81,8 +81,8 @@ tail = len(stop.encode())  # as many tokens are sure to hold the text to stop at
 
 def written(row):
     """The text of a row, up to where it stops."""
-    prompt_text, new = start, tokens.decode(text, row[len(prompt):])
-    return prompt_text + (new[:new.find(stop)] if stop and stop in new else new)
+    new = tokens.decode(text, row[len(prompt):])
+    return start + (new.split(stop, 1)[0] if stop else new)
 
 
 shown = 0

@@ -34,16 +34,16 @@ from model import GPT, GPTConfig
 journal = Journal()  # from here on every line that is printed also goes to training.log
 
 # ---------------------------------------------------------------------------------------------------------------------
-# settings: the defaults train a small model in two or three minutes on a laptop's CPU
+# settings: the defaults train a small model in about two minutes on two CPU cores
 
 # the run
 out_dir = 'checkpoints'     # checkpoints, training.log and metrics.jsonl go here; an earlier run is moved aside
 init_from = 'scratch'       # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder
-eval_interval = 100         # steps between evaluations, 0 = only at the end
+eval_interval = 400         # steps between evaluations, 0 = only at the end
 eval_iters = 40             # batches an evaluation takes from each split, 0 = all of val and as much of train
 eval_only = False           # evaluate once and leave
-log_interval = 10           # steps between iter lines, 0 = none
-save_interval = 100         # steps between the checkpoints step_*.pt, 0 = none
+log_interval = 50           # steps between iter lines, 0 = none
+save_interval = 400         # steps between the checkpoints step_*.pt, 0 = none
 keep_last = 10              # how many of these are kept, 0 = all
 always_save_checkpoint = True  # whether an evaluation without progress refreshes ckpt.pt too
 dry_run = False             # show the batch, the model and what the run will take, and leave
@@ -57,27 +57,27 @@ wandb_run_name = ''         # '' = the name of out_dir
 # data
 dataset = 'python_docs'     # a folder in data/, see prepare.py
 sampling = 'random'         # random windows, shuffle (each block once an epoch) or sequential
-batch_size = 16             # rows in a micro-step
+batch_size = 12             # rows in a micro-step
 gradient_accumulation_steps = 1  # micro-steps in a step, counted over all processes
-block_size = 128            # tokens in a row: how far back the model can look
+block_size = 64             # tokens in a row: how far back the model can look
 # model
-n_layer = 4                 # blocks, one after the other
+n_layer = 2                 # blocks, one after the other
 n_head = 0                  # 0 = one head per 64 channels
 n_embd = 128                # channels
 dropout = 0.0               # share of activations dropped; 0.1 or more where a small text is read many times
 bias = False                # biases in linear layers and LayerNorms; GPT-2 has them, new models do without
 # optimizer: AdamW
-learning_rate = 2e-3        # the highest rate; smaller for larger models
-max_iters = 1000            # steps, that is updates of the weights
+learning_rate = 4e-3        # the highest rate; smaller for larger models
+max_iters = 4000            # steps, that is updates of the weights
 weight_decay = 1e-1         # on matrices and embeddings
 beta1 = 0.9                 # memory of the mean gradient
 beta2 = 0.99                # and of its square: 0.95 where a step has many tokens
 grad_clip = 1.0             # gradients are scaled down to this norm, 0.0 = never
 # learning rate over the steps
-warmup_iters = 50           # steps of linear warmup, with or without decay
+warmup_iters = 100          # steps of linear warmup, with or without decay
 decay_lr = True             # cosine from learning_rate to min_lr, else constant
 lr_decay_iters = 0          # the step at which min_lr is reached, 0 = max_iters
-min_lr = 2e-4               # learning_rate / 10 usually
+min_lr = 1e-4               # learning_rate / 10 or less
 # machine
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16, float16 (its loss is scaled)
@@ -95,7 +95,8 @@ RULES = [
     'not decay_lr or min_lr <= learning_rate  # the rate must decay downwards; lower min_lr, or --decay_lr=False',
     'not decay_lr or not lr_decay_iters or warmup_iters < lr_decay_iters  # warmup must end before the decay does',
     'sampling in ("random", "shuffle", "sequential")', 'dtype in ("auto", "float32", "bfloat16", "float16")',
-    'out_dir.strip("./")  # the run needs a folder of its own, such as --out_dir=exp1', 'dataset  # it needs the name of a folder in data/',
+    'out_dir.strip("./")  # the run needs a folder of its own, such as --out_dir=exp1',
+    'dataset  # it needs the name of a folder in data/',
 ]
 config = overrides.apply(globals(), RULES)
 if wandb_log:
@@ -242,16 +243,16 @@ while True:
     is_new = step > first_step or init_from != 'resume'  # where a resumed run starts, all this was done before
 
     # evaluate, and save what is new, best, due or last
-    is_evaluated = is_last or is_new and eval_interval and step % eval_interval == 0
+    is_evaluated = is_last or is_new and eval_interval > 0 and step % eval_interval == 0
     is_best = False
     if is_evaluated:
         figures = evaluate()
         is_best = figures['val/loss'] < best_val_loss
         best_val_loss = min(best_val_loss, figures['val/loss'])
         journal.record(step, figures)
-    is_due = is_new and save_interval and step % save_interval == 0
+    is_due = is_new and save_interval > 0 and step % save_interval == 0
     if step > 0 and (is_last or is_due or is_evaluated and (is_best or always_save_checkpoint)):
-        names = [f'step_{step:07d}.pt'] * bool(is_due) + ['ckpt.pt'] + ['best.pt'] * is_best
+        names = ['ckpt.pt'] + [f'step_{step:07d}.pt'] * is_due + ['best.pt'] * is_best
         if ranks.is_main:
             print(f'saving checkpoint to {out_dir} ({", ".join(names)})')
             checkpoints.save({
@@ -284,7 +285,7 @@ while True:
     steps_timed += 1
 
     # log; reading the loss waits for the device, so the steps in between stay unread
-    if log_interval and step % log_interval == 0 or step + 1 == max_iters:
+    if log_interval and (step % log_interval == 0 or step + 1 == max_iters):
         loss_of_step = ranks.total(loss_of_step).item() / ranks.world_size
         seconds = (time.time() - clock) / steps_timed
         rate = tokens_per_step / seconds
