@@ -39,11 +39,11 @@ journal = Journal()  # from here on every line that is printed also goes to trai
 # the run
 out_dir = 'checkpoints'     # checkpoints, training.log and metrics.jsonl go here; an earlier run is moved aside
 init_from = 'scratch'       # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder
-eval_interval = 500         # steps between evaluations, 0 = only at the end
+eval_interval = 400         # steps between evaluations, 0 = only at the end
 eval_iters = 40             # batches an evaluation takes from each split, 0 = all of val and as much of train
 eval_only = False           # evaluate once and leave
 log_interval = 50           # steps between iter lines, 0 = none
-save_interval = 500         # steps between the checkpoints step_*.pt, 0 = none
+save_interval = 400         # steps between the checkpoints step_*.pt, 0 = none
 keep_last = 10              # how many of these are kept, 0 = all
 always_save_checkpoint = True  # whether an evaluation without progress refreshes ckpt.pt too
 dry_run = False             # show the batch, the model and what the run will take, and leave
@@ -68,7 +68,7 @@ dropout = 0.0               # share of activations dropped; 0.1 or more where a 
 bias = False                # biases in linear layers and LayerNorms; GPT-2 has them, new models do without
 # optimizer: AdamW
 learning_rate = 4e-3        # the highest rate; smaller for larger models
-max_iters = 5000            # steps, that is updates of the weights
+max_iters = 4000            # steps, that is updates of the weights
 weight_decay = 1e-1         # on matrices and embeddings
 beta1 = 0.9                 # memory of the mean gradient
 beta2 = 0.99                # and of its square: 0.95 where a step has many tokens
