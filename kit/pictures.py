@@ -23,7 +23,7 @@ def loss_curve(curves, title, path):
         ax.plot(curves[split].keys(), curves[split].values(), color=color, marker='o', markersize=3, label=split)
     if curves['val']:
         best = min(curves['val'], key=curves['val'].get)
-        ax.annotate(f'{curves["val"][best]:.4f} at step {best}', (best, curves['val'][best]), xytext=(0, -18),
+        ax.annotate(f'{curves["val"][best]:.4f} at step {best}', (best, curves['val'][best]), xytext=(0, 10),
                     textcoords='offset points', ha='right', color='C1')
     ax.set_title(title, loc='left')
     ax.legend(frameon=False)
