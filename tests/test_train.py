@@ -181,14 +181,14 @@ def test_resume_is_the_uninterrupted_run(train, tiny, sampling):
 
 
 def test_resume_takes_its_settings_from_the_checkpoint(run, train, tiny):
-    train('--learning_rate=0.004', '--weight_decay=0.2')
+    train('--learning_rate=0.003', '--weight_decay=0.2')
     resumed = run('train.py', '--init_from=resume', '--max_iters=12', '--weight_decay=0.5', '--device=cpu')
     assert resumed.status == 0, resumed.err
-    assert 'From the checkpoint: learning_rate = 0.004' in resumed.out
+    assert 'From the checkpoint: learning_rate = 0.003' in resumed.out
     assert 'Not from the checkpoint: max_iters = 12 (it has 10)' in resumed.out
     assert list(losses(resumed)) == [10, 11]
     saved = torch.load(tiny / 'checkpoints/ckpt.pt', weights_only=True)
-    assert saved['iter_num'] == 12 and saved['config']['learning_rate'] == 0.004 and saved['config']['n_embd'] == 32
+    assert saved['iter_num'] == 12 and saved['config']['learning_rate'] == 0.003 and saved['config']['n_embd'] == 32
     assert saved['optimizer']['param_groups'][0]['weight_decay'] == 0.5
 
 
