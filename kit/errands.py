@@ -16,9 +16,9 @@ def first_look(model, x, y, meta, device, dtype, from_scratch):
     first loss is that of a fair guess, ln(vocab_size). Returns the seconds of one pass forward and backward.
     """
     c, n_params = model.config, model.count_params()
-    memory = devices.estimate_memory(n_params, x.numel(), c.n_layer, c.n_embd, c.vocab_size, dtype)
+    memory = devices.estimate_memory(model.count_params(non_embedding=False), x.numel(), c, dtype, device)
     print(f'model: {n_params / 1e6:.2f}M parameters in {c.n_layer} layers of {c.n_head} heads and {c.n_embd} channels; '
-          f'training takes about {memory / 2**30:.2f} GiB of memory')
+          f'training takes about {memory / 2**30:.2f} GiB of memory beside the program')
     print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is x moved on by one token')
     try:
         text = tokens.tokenizer(meta['tokenizer'])
