@@ -30,6 +30,7 @@ stop = ''                   # end where this text appears
 seed = 1337                 # another seed, another text
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16, float16
+compile = False             # torch.compile: takes half a minute, pays in long texts
 
 config = overrides.apply(globals(), [
     'num_samples >= 1', 'max_new_tokens >= 1', 'temperature >= 0', 'top_k >= 0', '0 < top_p <= 1', 'seed >= 0',
@@ -58,6 +59,8 @@ dtype = devices.choose_dtype(dtype, device)
 model = GPT(GPTConfig(**saved['model_args'] | {'dropout': 0.0}))
 model.load_state_dict(saved['model'])
 model.eval().to(device)
+if compile:
+    model.hidden = torch.compile(model.hidden, dynamic=True)  # one graph, however many tokens lie in the cache
 
 # nanoGPT's checkpoints do not hold their tokenizer, but they name the dataset
 meta = saved.get('meta') or tokens.read_meta(tokens.dataset_folder(saved.get('config', {}).get('dataset', '')))
