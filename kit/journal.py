@@ -28,6 +28,7 @@ class Journal:
         self.early = []  # lines printed before there was a folder to write to
         self.log = self.metrics = self.tensorboard = self.wandb = None
         self.waiting = []  # records for TensorBoard, see record()
+        self.failed = set()  # files that could not be written to
         if hasattr(self.console, 'reconfigure'):
             self.console.reconfigure(errors='replace', line_buffering=True)  # any console, and live through a pipe
         sys.stdout = self
@@ -36,9 +37,18 @@ class Journal:
         if ranks.is_main:
             self.console.write(text)
             if self.log:
-                self.log.write(text)
+                self.put(self.log, text)
             else:
                 self.early.append(text)
+
+    def put(self, file, text):
+        """Write to a file of the run; a full disk is told once, and the training goes on."""
+        try:
+            file.write(text)
+        except OSError as error:
+            if file.name not in self.failed:
+                self.failed.add(file.name)
+                self.console.write(f'WARNING: {file.name} lacks lines from here on ({error.strerror})\n')
 
     def flush(self):
         if ranks.is_main:
@@ -71,7 +81,7 @@ class Journal:
         if not ranks.is_main or not self.metrics:
             return
         record = {'step': step, 'time': round(time.time() - self.start, 3)} | figures
-        self.metrics.write(json.dumps(record) + '\n')
+        self.put(self.metrics, json.dumps(record) + '\n')
         if self.wandb:
             self.wandb.log(record | {'iter': step})
         if self.tensorboard:

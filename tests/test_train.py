@@ -226,6 +226,19 @@ def test_an_earlier_run_is_moved_aside(train, tiny):
         assert torch.load(tiny / name / 'ckpt.pt', weights_only=True)['config']['seed'] == number
 
 
+def test_a_full_disk_stops_no_training(run, tiny):
+    """Files may grow to 30 kB: no checkpoint fits. The script runs on, says so, and leaves no half-written file."""
+    pytest.importorskip('resource')
+    script = tiny / 'limited.py'
+    script.write_text(f'import resource, sys; sys.path.insert(0, {str(HOUSE)!r})\n'
+                      'resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n'
+                      f'__file__ = {str(HOUSE / "train.py")!r}\nexec(open(__file__).read())\n')
+    result = run(script, '--dataset=tiny', *TINY)
+    assert result.status == 0, result.err
+    assert list(losses(result)) == list(range(10)) and result.out.count('WARNING: no checkpoint was saved') == 2
+    assert sorted(p.name for p in (tiny / 'checkpoints').iterdir()) == ['metrics.jsonl', 'training.log']
+
+
 @pytest.mark.parametrize('errand', ['--dry_run', '--eval_only'])
 def test_errands_write_nothing(train, tiny, errand):
     before = sorted(tiny.rglob('*'))
