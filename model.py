@@ -29,6 +29,14 @@ class GPTConfig:
     gelu_approximate: str = 'none'  # 'tanh' is what OpenAI's weights were trained with
 
 
+def default_heads(n_embd):
+    """One head per 64 channels; where that does not divide n_embd, the nearest smaller number that does."""
+    heads = max(1, n_embd // 64)
+    while n_embd % heads:
+        heads -= 1
+    return heads
+
+
 class CausalSelfAttention(nn.Module):
     """Every token looks at itself and at those before it (Vaswani et al. 2017, arXiv:1706.03762)."""
 
@@ -142,6 +150,7 @@ class GPT(nn.Module):
         """(B, T) ids -> (B, T, C), what the output layer reads. With caches the ids follow on those seen before."""
         past = caches[0].length if caches else 0
         T = idx.size(1)
+        assert past == 0 or T == 1, 'the mask is right for a whole prompt, then for one new token at a time'
         if past + T > self.config.block_size:
             raise ValueError(f'{past + T} tokens do not fit block_size = {self.config.block_size}')
         positions = torch.arange(past, past + T, device=idx.device)
@@ -192,23 +201,20 @@ class GPT(nn.Module):
         """Forward and backward, in FLOPs, as in appendix B of PaLM (Chowdhery et al. 2022, arXiv:2204.02311)."""
         return 6 * self.count_params() + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
-    def crop_block_size(self, block_size):
-        """Keep the first block_size positions only, e.g. of GPT-2's 1024."""
-        self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
-
 
 def choose(logits, temperature, top_k, top_p):
     """Draw one id a row from logits (B, V), after the cuts of GPT.stream -> (B, 1)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # float32 could not hold the quotients
         return logits.argmax(dim=-1, keepdim=True)
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # the shift keeps a tiny rate finite
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # the shift keeps the largest finite
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, -math.inf)
     probs = F.softmax(logits, dim=-1)
     if top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True)
-        ranked[ranked.cumsum(dim=-1) - ranked >= top_p] = 0  # the one that crosses the line stays
+        beyond = ranked.cumsum(dim=-1) - ranked >= top_p  # the one that crosses the line stays
+        beyond[:, 0] = False
+        ranked[beyond] = 0
         probs = torch.zeros_like(probs).scatter_(1, order, ranked)
     return torch.multinomial(probs, num_samples=1)

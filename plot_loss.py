@@ -21,12 +21,16 @@ for log in logs:
     if not log.is_file():
         overrides.fail(f'{log}: there is no such log')
 names = [log.parent.name if log.name == 'training.log' else log.stem for log in logs]
+if len(set(names)) < len(names):
+    names = [str(log) for log in logs]
 curves = [runlogs.read(log) for log in logs]
 
-if len(logs) == 1:
-    path = logs[0].parent / 'loss_curve.png'
-    pictures.loss_curve(curves[0], names[0], path)
-else:
-    path = Path('comparison.png')
-    pictures.comparison(dict(zip(names, curves)), path)
+path = logs[0].parent / 'loss_curve.png' if len(logs) == 1 else Path('comparison.png')
+try:
+    if len(logs) == 1:
+        pictures.loss_curve(curves[0], names[0], path)
+    else:
+        pictures.comparison(dict(zip(names, curves)), path)
+except OSError as error:
+    overrides.fail(f'{path} cannot be written: {error.strerror}')
 print(f'wrote {path}')

@@ -20,13 +20,13 @@ tokenizer = ''              # char or gpt2; '' = char, or what the known dataset
 overwrite = False           # replace a dataset that is there already
 
 names = []
-config = overrides.apply(globals(), ['tokenizer in ("", "char", "gpt2")'], operands=names)
+overrides.apply(globals(), ['tokenizer in ("", "char", "gpt2")'], operands=names)
 if len(names) > 1 or names and dataset:
     overrides.fail(f'{" ".join(names)}: one dataset at a time')
 dataset = dataset or ''.join(names)
-if not re.fullmatch(r'[\w.-]+', dataset):
+if not re.fullmatch(r'[\w-][\w.-]*', dataset):
     overrides.fail(f'dataset = {dataset!r}: it needs a name, such as --dataset=mytext, or one of '
                    f'{", ".join(corpora.SMALL + corpora.LARGE)}')
 
-folder = corpora.prepare(dataset, input, tokenizer, overwrite)
+corpora.prepare(dataset, input, tokenizer, overwrite)
 print(f'next: python train.py --dataset={dataset}')

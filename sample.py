@@ -33,7 +33,8 @@ dtype = 'auto'              # auto, float32, bfloat16, float16
 compile = False             # torch.compile: takes half a minute, pays in long texts
 
 config = overrides.apply(globals(), [
-    'num_samples >= 1', 'max_new_tokens >= 1', 'temperature >= 0', 'top_k >= 0', '0 < top_p <= 1', 'seed >= 0',
+    'init_from != "scratch"  # an untrained model has nothing to say; resume takes a checkpoint',
+    'num_samples >= 1', 'max_new_tokens >= 1', 'temperature >= 0', 'top_k >= 0', '0 < top_p <= 1', '0 <= seed < 2**63',
     'dtype in ("auto", "float32", "bfloat16", "float16")',
     'start  # the prompt is empty: give at least one character, a line break ("\\n") is the default',
 ])
@@ -57,13 +58,16 @@ else:
 device = devices.choose_device(device)
 dtype = devices.choose_dtype(dtype, device)
 model = GPT(GPTConfig(**saved['model_args'] | {'dropout': 0.0}))
-model.load_state_dict(saved['model'])
+checkpoints.fill(model, saved['model'])
 model.eval().to(device)
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)  # one graph, however many tokens lie in the cache
 
 # nanoGPT's checkpoints do not hold their tokenizer, but they name the dataset
-meta = saved.get('meta') or tokens.read_meta(tokens.dataset_folder(saved.get('config', {}).get('dataset', '')))
+dataset = saved.get('config', {}).get('dataset', '')
+meta = saved.get('meta') or tokens.read_meta(tokens.dataset_folder(dataset))
+if meta['vocab_size'] > saved['model_args']['vocab_size']:
+    overrides.fail(f'{path}: its tokenizer stands in data/{dataset}/meta.pkl, and that is not here; copy the folder')
 try:
     text = tokens.tokenizer(meta['tokenizer'])
     prompt = text.encode(start)

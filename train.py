@@ -29,7 +29,7 @@ from kit import (
     tokens,
 )
 from kit.journal import Journal, duration, short
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, default_heads
 
 journal = Journal()  # from here on every line that is printed also goes to training.log
 
@@ -48,7 +48,7 @@ keep_last = 10              # how many of these are kept, 0 = all
 always_save_checkpoint = True  # whether an evaluation without progress refreshes ckpt.pt too
 dry_run = False             # show the batch, the model and what the run will take, and leave
 test = False                # measure a checkpoint on the test split, and leave
-checkpoint = ''             # which one --test or resume takes; '' = best.pt of out_dir for test, ckpt.pt for resume
+checkpoint = ''             # which one --test takes, '' = best.pt of out_dir
 # where figures go, beside the console
 tensorboard = True          # to runs/
 wandb_log = False           # to Weights & Biases
@@ -87,7 +87,8 @@ seed = 1337                 # of the first weights, the batches and dropout
 
 # what must hold, checked before anything is written
 RULES = [
-    'eval_interval >= 0', 'eval_iters >= 0', 'log_interval >= 0', 'save_interval >= 0', 'keep_last >= 0', 'seed >= 0',
+    'eval_interval >= 0', 'eval_iters >= 0', 'log_interval >= 0', 'save_interval >= 0', 'keep_last >= 0',
+    '0 <= seed < 2**63',
     'batch_size >= 1', 'gradient_accumulation_steps >= 1', 'block_size >= 1', 'n_layer >= 1', 'n_head >= 0',
     'n_embd >= 1', 'max_iters >= 1', 'warmup_iters >= 0', 'lr_decay_iters >= 0', 'learning_rate > 0', 'min_lr >= 0',
     'weight_decay >= 0', 'grad_clip >= 0', '0 <= dropout < 1', '0 <= beta1 < 1', '0 <= beta2 < 1',
@@ -95,35 +96,38 @@ RULES = [
     'not decay_lr or min_lr <= learning_rate  # the rate must decay downwards; lower min_lr, or --decay_lr=False',
     'not decay_lr or not lr_decay_iters or warmup_iters < lr_decay_iters  # warmup must end before the decay does',
     'sampling in ("random", "shuffle", "sequential")', 'dtype in ("auto", "float32", "bfloat16", "float16")',
+    'backend in ("auto", "nccl", "gloo")',
+    'test or not checkpoint  # --checkpoint goes with --test; a resume takes ckpt.pt of --out_dir',
     'out_dir.strip("./")  # the run needs a folder of its own, such as --out_dir=exp1',
     'dataset  # it needs the name of a folder in data/',
 ]
 config = overrides.apply(globals(), RULES)
-if wandb_log:
-    overrides.require('wandb', 'wandb_log = True')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where we start from: nothing, a checkpoint, or OpenAI's weights; those bring the settings of their model along
 
+device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
+ranks.start(backend, device)
+
 saved = {}
 if test or init_from == 'resume':
-    path = checkpoint or (checkpoints.best(out_dir) if test else checkpoints.newest(out_dir))
-    saved = checkpoints.load(path)
+    path = checkpoint or checkpoints.best(out_dir) if test else checkpoints.newest(out_dir)
+    saved = checkpoints.load(path, resume=not test)
     print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
 elif init_from != 'scratch':
     saved = pretrained.load(init_from)
 if saved:
     config = overrides.adopt(
         globals(), saved.get('config', {}) | saved['model_args'], config, RULES,
-        fixed=('n_layer', 'n_head', 'n_embd', 'bias'),  # of the model
+        fixed=('n_layer', 'n_head', 'n_embd', 'bias') + ('block_size',) * (init_from == 'resume'),
         launch=('out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'device', 'compile', 'backend'))
 
-device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
+if wandb_log:
+    overrides.require('wandb', 'wandb_log = True')
 dtype = devices.choose_dtype(dtype, device)
 if gradient_accumulation_steps % ranks.world_size:
     overrides.fail(f'gradient_accumulation_steps = {gradient_accumulation_steps}: it counts over all processes and '
                    f'must be a multiple of their number, {ranks.world_size}')
-ranks.start(backend, device)
 micro_steps = gradient_accumulation_steps // ranks.world_size  # of this process
 rows_per_step = batch_size * gradient_accumulation_steps
 tokens_per_step = rows_per_step * block_size
@@ -132,6 +136,7 @@ tokens_per_step = rows_per_step * block_size
 # data: the rows of a step are a function of (seed, step), however it is cut into micro-steps and processes
 
 data, meta = tokens.read_dataset(corpora.find_or_prepare(dataset), block_size)
+steps_per_epoch = batches.rows_per_epoch(len(data['train']), block_size, sampling) / rows_per_step
 
 
 def get_batch(split, step, micro_step):
@@ -147,18 +152,21 @@ def get_batch(split, step, micro_step):
 # ---------------------------------------------------------------------------------------------------------------------
 # model and optimizer
 
-n_head = n_head or next(h for h in range(max(1, n_embd // 64), 0, -1) if n_embd % h == 0)  # the nearest that divides
+n_head = n_head or default_heads(n_embd)
 model_args = saved.get('model_args', {'vocab_size': tokens.padded_vocab_size(meta)}) | dict(
     n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 checkpoints.check_fit(saved, model_args, meta)
+if saved:  # GPT-2's 1,024 positions can be cut to fewer
+    positions = 'transformer.wpe.weight'
+    saved['model'][positions] = saved['model'][positions][:block_size]
 
 torch.manual_seed(seed)
 raw_model = GPT(GPTConfig(**model_args))
 if saved:
-    raw_model.load_state_dict(saved['model'])
+    checkpoints.fill(raw_model, saved['model'])
 raw_model.to(device)
 if test:
-    errands.test(raw_model, data, batch_size, device, dtype)
+    errands.test(raw_model, data, meta, batch_size, device, dtype)
     ranks.leave()
 
 optimizer = optimizers.adamw(raw_model, weight_decay, learning_rate, (beta1, beta2))
@@ -167,8 +175,10 @@ step, best_val_loss = 0, math.inf
 if init_from == 'resume':
     step, best_val_loss = saved['iter_num'], float(saved['best_val_loss'])
     optimizers.resume(optimizer, saved['optimizer'])
-    scaler.load_state_dict(saved.get('scaler', {}))
-first_step, saved = step, None  # and the memory of the checkpoint is free again
+    if saved.get('scaler'):  # empty where the loss was not scaled
+        scaler.load_state_dict(saved['scaler'])
+first_step = step
+saved = None  # its memory is free again
 
 flops_per_step = raw_model.flops_per_token() * tokens_per_step
 if devices.choose_compile(compile, device, flops_per_step * max_iters):
@@ -214,11 +224,10 @@ if eval_only:
 # a look before training
 
 X, Y = get_batch('train', step, 0)
-seconds = errands.first_look(raw_model, X, Y, meta, device, dtype, init_from == 'scratch')
-n_train = len(data['train'])
+seconds = errands.first_look(model, raw_model, X, Y, meta, device, dtype, init_from == 'scratch')
 print(f'a step: {batch_size} rows x {gradient_accumulation_steps} micro-steps x {block_size} tokens = '
       f'{tokens_per_step:,} tokens')
-print(f'the run: {max_iters:,} steps = {max_iters * tokens_per_step / n_train:.2f} epochs of {n_train:,} tokens, '
+print(f'the run: {max_iters:,} steps = {max_iters / steps_per_epoch:.2f} epochs of {len(data["train"]):,} tokens, '
       f'about {duration(seconds * micro_steps * max(0, max_iters - step))} without evaluations')
 if warmup_iters >= max_iters:
     print(f'warmup_iters = {warmup_iters} is not below max_iters = {max_iters}: the rate climbs to the end')
@@ -234,7 +243,7 @@ journal.open(out_dir, wandb_run_name or Path(out_dir).name, config, tensorboard,
 # ---------------------------------------------------------------------------------------------------------------------
 # training: steps are numbered by the updates made so far, so `step` 0 is the untrained model and max_iters the last
 
-clock, steps_timed = time.time(), 0
+clock, steps_timed = time.perf_counter(), 0
 while True:
     lr = get_lr(step)
     for group in optimizer.param_groups:
@@ -243,7 +252,7 @@ while True:
     is_new = step > first_step or init_from != 'resume'  # where a resumed run starts, all this was done before
 
     # evaluate, and save what is new, best, due or last
-    is_evaluated = is_last or is_new and eval_interval > 0 and step % eval_interval == 0
+    is_evaluated = is_last or (is_new and eval_interval > 0 and step % eval_interval == 0)
     is_best = False
     if is_evaluated:
         figures = evaluate()
@@ -251,20 +260,20 @@ while True:
         best_val_loss = min(best_val_loss, figures['val/loss'])
         journal.record(step, figures)
     is_due = is_new and save_interval > 0 and step % save_interval == 0
-    if step > 0 and (is_last or is_due or is_evaluated and (is_best or always_save_checkpoint)):
-        names = ['ckpt.pt'] + [f'step_{step:07d}.pt'] * is_due + ['best.pt'] * is_best
+    if step > 0 and (is_last or is_due or (is_evaluated and (is_best or always_save_checkpoint))):
+        names = ['ckpt.pt'] + ([f'step_{step:07d}.pt'] if is_due else []) + (['best.pt'] if is_best else [])
         if ranks.is_main:
             print(f'saving checkpoint to {out_dir} ({", ".join(names)})')
             checkpoints.save({
                 'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                 'model_args': model_args, 'iter_num': step, 'best_val_loss': best_val_loss, 'config': config,
-                'meta': meta, 'epoch': step * tokens_per_step / n_train, 'torch': str(torch.__version__),
+                'meta': meta, 'epoch': step / steps_per_epoch, 'torch': str(torch.__version__),
             }, out_dir, names)
             checkpoints.prune(out_dir, keep_last)
     if is_last:
         break
     if is_evaluated or is_due:
-        clock, steps_timed = time.time(), 0
+        clock, steps_timed = time.perf_counter(), 0
 
     # one step: the mean gradient of all its rows, a micro-step at a time
     torch.manual_seed(batches.torch_seed(seed, step, ranks.rank))  # dropout draws anew, so a resume needs no history
@@ -287,16 +296,16 @@ while True:
     # log; reading the loss waits for the device, so the steps in between stay unread
     if log_interval and (step % log_interval == 0 or step + 1 == max_iters):
         loss_of_step = ranks.total(loss_of_step).item() / ranks.world_size
-        seconds = (time.time() - clock) / steps_timed
+        seconds = (time.perf_counter() - clock) / steps_timed
         rate = tokens_per_step / seconds
         mfu = flops_per_step / seconds / (devices.peak_flops(device, dtype) * ranks.world_size)
-        epoch = (step + 1) * tokens_per_step / n_train
+        epoch = (step + 1) / steps_per_epoch
         print(f'iter {step}: loss {loss_of_step:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu:.2%}, lr {lr:.1e}, '
               f'norm {grad_norm:.2f}, {short(rate)} tok/s, eta {duration(seconds * (max_iters - step - 1))}, '
               f'epoch {epoch:.2f}')
         journal.record(step, {'loss': loss_of_step, 'lr': lr, 'grad_norm': grad_norm.item(), 'time_ms': seconds * 1000,
                               'tokens_per_second': rate, 'mfu': mfu, 'epoch': epoch})
-        clock, steps_timed = time.time(), 0
+        clock, steps_timed = time.perf_counter(), 0
     step += 1
 
 # ---------------------------------------------------------------------------------------------------------------------

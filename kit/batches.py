@@ -32,7 +32,7 @@ def window_starts(n_tokens, block_size, rows, seed, step, sampling):
         return generator(seed, step).integers(n_tokens - block_size, size=rows)
     places = np.arange(step * rows, (step + 1) * rows)
     if sampling == 'sequential':
-        return places % ((n_tokens - 1) // block_size) * block_size
+        return places % rows_per_epoch(n_tokens, block_size, sampling) * block_size
     blocks = blocks_per_epoch(n_tokens, block_size)
     starts = np.empty(rows, dtype=np.int64)
     for epoch in np.unique(places // blocks):
@@ -42,8 +42,15 @@ def window_starts(n_tokens, block_size, rows, seed, step, sampling):
     return starts
 
 
+def rows_per_epoch(n_tokens, block_size, sampling):
+    """How many rows make an epoch; of random windows, as many as have the tokens of the text."""
+    if sampling == 'random':
+        return n_tokens / block_size
+    return blocks_per_epoch(n_tokens, block_size) if sampling == 'shuffle' else (n_tokens - 1) // block_size
+
+
 def blocks_per_epoch(n_tokens, block_size):
-    """One less than fit, so that the offset of an epoch can be anything below block_size."""
+    """Of sampling = shuffle: one less than fit, so that the offset of an epoch can be anything below block_size."""
     return max(1, n_tokens // block_size - 1)
 
 

@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 
 from kit.overrides import fail
+from kit.tokens import check_meta
+
+MODEL_ARGS = 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'dropout', 'gelu_approximate'
 
 
 def save(checkpoint, folder, names):
     """
     Write a checkpoint once and give it each of the names (e.g. step_0000500.pt, ckpt.pt). It is written beside,
-    synced to the disk, read back against its checksums, then renamed: a name always holds a whole file, the old one
+    synced to the disk, its checksums are checked, then it is renamed: a name always holds a whole file, the old one
     or the new one, whenever the power goes.
     """
     folder = Path(folder)
-    part = folder / f'.{names[0]}.part'
+    part, link = folder / f'.{names[0]}.part', folder / f'.{names[0]}.link'
     try:
         with open(part, 'wb') as file:
             torch.save(checkpoint, file)
@@ -27,27 +30,30 @@ def save(checkpoint, folder, names):
         with zipfile.ZipFile(part) as archive:
             if bad := archive.testzip():
                 raise OSError(f'the disk gave back other bytes than were written ({bad})')
-        link = folder / f'.{names[0]}.link'
         for name in names:
-            link.unlink(missing_ok=True)
             try:
                 os.link(part, link)
             except OSError:  # a file system without hard links
                 shutil.copyfile(part, link)
+                sync(link)
             os.replace(link, folder / name)
-        sync_folder(folder)
+        if os.name == 'posix':  # a rename is on the disk only when its folder is
+            sync(folder)
     except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError on a full disk
         # the run is worth more than this one checkpoint: say so and go on, the older ones are untouched
-        print(f'WARNING: no checkpoint was saved to {folder} ({error}); training goes on, make room')
+        print(f'WARNING: no checkpoint was saved to {folder} ({str(error).splitlines()[0]}); the older ones are '
+              'untouched and training goes on')
     finally:
         part.unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
 
 
-def sync_folder(folder):
-    """A rename is on the disk only when its folder is."""
-    if os.name == 'posix':
-        handle = os.open(folder, os.O_RDONLY)
+def sync(path):
+    """What was written to a file, or renamed in a folder, is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+    try:
         os.fsync(handle)
+    finally:
         os.close(handle)
 
 
@@ -73,10 +79,11 @@ def best(folder):
     fail(f'{folder} holds no checkpoint; train first (python train.py), or give --checkpoint=FILE or --out_dir=FOLDER')
 
 
-def load(path):
+def load(path, resume=False):
     """
     A checkpoint of this project or of nanoGPT, on the CPU, its model's names without the prefix and the masks that
-    torch.compile and old versions have left there. Nothing in the file is run.
+    torch.compile and old versions have left there. Nothing in the file is run. resume: it must hold the state of the
+    training too.
     """
     if not Path(path).exists():
         fail(f'{path}: there is no such checkpoint')
@@ -86,12 +93,43 @@ def load(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         state = {name.removeprefix('_orig_mod.'): value for name, value in checkpoint['model'].items()}
         checkpoint['model'] = {name: value for name, value in state.items() if not name.endswith('.attn.bias')}
-        checkpoint['model_args'], checkpoint['iter_num']
+        check_form(checkpoint, resume)
     except pickle.UnpicklingError:
         fail(f'{path} is damaged, or no checkpoint of flatGPT or nanoGPT (it asks for code, and that is never run)')
     except Exception as error:  # torch raises many kinds here, and each means that this file will not do
         fail(f'{path} is damaged, or no checkpoint of flatGPT or nanoGPT ({type(error).__name__}: {str(error)[:80]})')
     return checkpoint
+
+
+def check_form(checkpoint, resume):
+    """Raise KeyError, TypeError or ValueError where a checkpoint lacks what the scripts take from it."""
+    args = checkpoint['model_args']
+    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'):
+        if not isinstance(args[key], int) or args[key] < 1:
+            raise ValueError(f'its model_args have {key} = {args[key]!r}')
+    if strange := args.keys() - {*MODEL_ARGS}:
+        raise ValueError(f'its model_args have {", ".join(sorted(strange))}, which is not GPT-2')
+    for name, value in checkpoint['model'].items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f'{name} is no tensor')
+    if 'transformer.wpe.weight' not in checkpoint['model']:
+        raise KeyError('transformer.wpe.weight')
+    int(checkpoint['iter_num'])
+    if resume:
+        float(checkpoint['best_val_loss'])
+        checkpoint['optimizer']['param_groups']
+    dict(checkpoint.get('config', {}))
+    if 'meta' in checkpoint:
+        check_meta(checkpoint['meta'])
+
+
+def fill(model, state):
+    """Load the weights of a checkpoint into a model."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = ' '.join(line.strip() for line in str(error).splitlines()[1:])
+        fail(f'the weights do not fit their own model_args: {reason[:150]}')
 
 
 def check_fit(saved, model_args, meta):
@@ -105,8 +143,6 @@ def check_fit(saved, model_args, meta):
         fail('dataset: its ids mean other tokens than those of these weights; prepare the text with their tokenizer')
     if model_args['block_size'] > known['block_size']:
         fail(f'block_size = {model_args["block_size"]}: these weights know {known["block_size"]} positions, no more')
-    if saved:
-        saved['model']['transformer.wpe.weight'] = saved['model']['transformer.wpe.weight'][:model_args['block_size']]
 
 
 def move_aside(folder):

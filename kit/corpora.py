@@ -35,17 +35,16 @@ def find_or_prepare(name):
     nobody's first run ends with "file not found"; for the others the script ends with the command that makes them.
     """
     folder = tokens.dataset_folder(name)
-    if not (folder / 'train.bin').is_file():
+    if ranks.is_main and not (folder / 'train.bin').is_file():
         if name in LARGE:
             fail(f'dataset = {name!r} is not there yet, and it is large: python prepare.py {name}')
         if name not in SMALL:
             there = [path.parent.name for root in (Path('data'), HOUSE / 'data') for path in root.glob('*/train.bin')]
             fail(f'dataset = {name!r}: there is no {folder / "train.bin"}{nearest(name, [*there, *SMALL, *LARGE])}; '
                  f'python prepare.py --input=FILE --dataset={name} makes it from a text of yours')
-        if ranks.is_main:
-            print(f'preparing the dataset {name}')
-            prepare(name)
-        ranks.wait()
+        print(f'preparing the dataset {name}')
+        prepare(name)
+    ranks.wait()
     return tokens.dataset_folder(name)
 
 
@@ -64,6 +63,8 @@ def prepare(name, source='', tokenizer='', overwrite=False):
     fixed = {'python_docs': 'char', 'shakespeare_char': 'char', 'shakespeare': 'gpt2', 'openwebtext': 'gpt2'}.get(name)
     if fixed and tokenizer and tokenizer != fixed:
         fail(f'tokenizer = {tokenizer!r}: {name} is made with {fixed}; give the text another --dataset=NAME for that')
+    if source and name in ('python_docs', 'openwebtext'):
+        fail(f'--input={source}: {name} is not made from a file; give the text another --dataset=NAME')
     tokenizer = fixed or tokenizer or 'char'
     if name == 'openwebtext':
         return prepare_openwebtext(folder)
@@ -180,8 +181,6 @@ def encode(texts, tokenizer):
         return ids, {'kind': 'char', 'chars': [chr(code) for code in alphabet]}, len(alphabet)
     try:
         encoding = tokens.tiktoken_encoding(tokenizer)
-    except ValueError:
-        fail(f'tokenizer = {tokenizer!r}: there are char and gpt2')
     except OSError as error:
         fail(f'the files of the tokenizer {tokenizer} could not be downloaded ({type(error).__name__}); give a folder '
              'FLATGPT_MIRROR with them in tiktoken/, or take --tokenizer=char or the dataset python_docs')
@@ -230,8 +229,9 @@ def install(part, folder):
     folder.mkdir(exist_ok=True)
     for stale in ('train.bin', 'test.bin', 'meta.pkl'):  # of a dataset that is being replaced
         (folder / stale).unlink(missing_ok=True)
-    for path in sorted(part.iterdir(), key=lambda p: p.name == 'train.bin'):
-        with open(path, 'rb') as file:
+    made = [*part.glob('meta.*'), part / 'train.bin', *part.glob('*.bin')]
+    for path in sorted(set(made), key=lambda p: p.name == 'train.bin'):
+        with open(path, 'r+b') as file:  # Windows syncs only what it could write
             os.fsync(file.fileno())
         os.replace(path, folder / path.name)
 
@@ -250,13 +250,18 @@ def prepare_openwebtext(folder, flush_every=10_000):
         from datasets import load_dataset
     except ImportError:
         fail('openwebtext is streamed with the package datasets: pip install datasets; python_docs needs nothing')
+    try:
+        encoding = tokens.tiktoken_encoding('gpt2')
+        stream = load_dataset('Skylion007/openwebtext', split='train', streaming=True)
+    except Exception as error:  # no network, in any of the words of two libraries
+        fail(f'openwebtext could not be reached ({type(error).__name__}: {str(error)[:80]}); try again with a network, '
+             'or take the dataset python_docs, which needs none')
     part = folder / 'part'
     part.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(part).free
     print(f'openwebtext: 9 billion tokens take 18 GB in {folder} ({free / 1e9:.0f} GB are free) and some hours')
     if free < 18e9:
         print('openwebtext: the disk will not hold all of it; free some room, and the same command goes on')
-    encoding = tokens.tiktoken_encoding('gpt2')
     progress = {'documents': 0, 'train': 0, 'val': 0, 'test': 0}  # and the bytes of each file
     if (part / 'progress.json').is_file():
         progress = json.loads((part / 'progress.json').read_text())
@@ -264,8 +269,9 @@ def prepare_openwebtext(folder, flush_every=10_000):
     files = {}
     for split in ('train', 'val', 'test'):
         files[split] = open(part / f'{split}.bin', 'ab')
+        if (part / f'{split}.bin').stat().st_size < progress[split]:
+            fail(f'{part}/{split}.bin is shorter than progress.json says; delete the folder and begin anew')
         files[split].truncate(progress[split])  # what came after the last note may be half a document
-    documents = load_dataset('Skylion007/openwebtext', split='train', streaming=True).skip(progress['documents'])
 
     def save(ids):
         for place, document in enumerate(ids, progress['documents']):
@@ -279,18 +285,21 @@ def prepare_openwebtext(folder, flush_every=10_000):
         (part / 'progress.new').write_text(json.dumps(progress))
         os.replace(part / 'progress.new', part / 'progress.json')
 
-    texts = []
-    for document in tqdm(documents, initial=progress['documents'], total=8_013_769, unit=' documents', disable=None):
-        texts.append(document['text'])
-        if len(texts) == flush_every:
-            save(encoding.encode_ordinary_batch(texts))
-            texts = []
-    save(encoding.encode_ordinary_batch(texts))
+    texts, documents = [], stream.skip(progress['documents'])
+    try:
+        for document in tqdm(documents, initial=progress['documents'], total=8_013_769, unit=' docs', disable=None):
+            texts.append(document['text'])
+            if len(texts) == flush_every:
+                save(encoding.encode_ordinary_batch(texts))
+                texts = []
+        save(encoding.encode_ordinary_batch(texts))
+    except Exception as error:  # the network or the disk; the files are good up to the last note
+        fail(f'openwebtext broke off after {progress["documents"]:,} documents ({type(error).__name__}: '
+             f'{str(error)[:80]}); the same command goes on from there')
     for file in files.values():
         file.close()
-    (part / 'progress.json').unlink()
     write_meta(part, list(files), 'uint16', tokens.describe_bpe(encoding), encoding.n_vocab, 'OpenWebText',
                'of each 2,000 documents the first is val, the second test')
     install(part, folder)
-    part.rmdir()
+    shutil.rmtree(part)
     return folder

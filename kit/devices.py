@@ -2,6 +2,8 @@
 Which device, number format and compiler a run takes. Chosen by fixed rules; each choice is printed with its reason.
 """
 
+import importlib.util
+import re
 import time
 from contextlib import nullcontext
 from functools import cache
@@ -25,7 +27,8 @@ COMPILE_FROM_FLOPS = 1e16
 def choose_device(name, local_rank=0, world_size=1):
     """'auto' or a name as torch knows it ('cpu', 'cuda', 'cuda:1', 'mps') -> torch.device."""
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        has_mps = torch.backends.mps.is_available() and world_size == 1  # gloo knows no mps
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
         reason = {'cuda': 'a CUDA GPU is here', 'mps': 'an Apple GPU is here', 'cpu': 'no GPU was found'}[name]
     else:
         reason = 'as asked'
@@ -36,6 +39,8 @@ def choose_device(name, local_rank=0, world_size=1):
     count = {'cpu': 1, 'mps': int(torch.backends.mps.is_available()), 'cuda': torch.cuda.device_count()}
     if device.type not in count:
         fail(f'device = {name!r}: flatGPT runs on cpu, cuda and mps')
+    if world_size > 1 and (device.type == 'mps' or device.index is not None):
+        fail(f'device = {name!r}: of several processes each takes a GPU of its own, or all the CPU: auto, cuda, cpu')
     if device.type == 'cuda' and device.index is None:
         device = torch.device('cuda', local_rank if world_size > 1 else 0)
     if (device.index or 0) >= count[device.type]:
@@ -71,6 +76,8 @@ def choose_compile(wanted, device, flops):
         chosen, reason = wanted, 'as asked'
     elif device.type != 'cuda':
         chosen, reason = False, f'pays on {device.type} in long runs only; --compile turns it on'
+    elif torch.cuda.get_device_capability(device) < (7, 0) or importlib.util.find_spec('triton') is None:
+        chosen, reason = False, 'it takes triton and a GPU of compute capability 7.0'
     elif flops < COMPILE_FROM_FLOPS:
         chosen, reason = False, f'a run of {flops:.1e} FLOPs is over too soon; --compile turns it on'
     else:
@@ -104,8 +111,11 @@ def peak_flops(device, dtype):
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAK_FLOPS.items():
-            if known in name:
-                return peak if dtype != 'float32' else peak / 2  # TF32 runs at half the rate
+            if re.search(rf'\b{known}\b', name):
+                if dtype != 'float32':
+                    return peak
+                if torch.cuda.get_device_capability(device) >= (8, 0):
+                    return peak / 2  # TF32 runs at half the rate; older ones have none
     n = 4096 if device.type == 'cuda' else 1024
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     seconds = []

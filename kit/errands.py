@@ -10,13 +10,14 @@ from kit import devices, evaluation, tokens
 FIRST_LOSS_OFF = 0.5  # nats: GPT-2's initialisation starts within 0.1 of a fair guess, a broken one far from it
 
 
-def first_look(model, x, y, meta, device, dtype, from_scratch):
+def first_look(model, raw_model, x, y, meta, device, dtype, from_scratch):
     """
     Show one micro-step, x and y (B, T), before any training: shapes, a piece of the text, and whether a new model's
-    first loss is that of a fair guess, ln(vocab_size). Returns the seconds of one pass forward and backward.
+    first loss is that of a fair guess, ln(vocab_size). model is raw_model as it will be trained, wrapped and compiled:
+    what is compiled here is what the training runs. Returns the seconds of one pass forward and backward.
     """
-    c, n_params = model.config, model.count_params()
-    memory = devices.estimate_memory(model.count_params(non_embedding=False), x.numel(), c, dtype, device)
+    c, n_params = raw_model.config, raw_model.count_params()
+    memory = devices.estimate_memory(raw_model.count_params(non_embedding=False), x.numel(), c, dtype, device)
     print(f'model: {n_params / 1e6:.2f}M parameters in {c.n_layer} layers of {c.n_head} heads and {c.n_embd} channels; '
           f'training takes about {memory / 2**30:.2f} GiB of memory beside the program')
     print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is x moved on by one token')
@@ -43,13 +44,15 @@ def first_look(model, x, y, meta, device, dtype, from_scratch):
     return min(seconds)
 
 
-def test(model, splits, batch_size, device, dtype):
+def test(model, splits, meta, batch_size, device, dtype):
     """Measure the whole test split; where a dataset has none, val, and say so."""
     split = 'test' if 'test' in splits else 'val'
     if split == 'val':
         print('this dataset has no test.bin: val is taken')
+    print(f'splits: {meta.get("split", "as they were found")}')
     loss, accuracy = evaluation.measure(model, splits[split], model.config.block_size, batch_size, 0, device, dtype)
-    print(f'{split} loss {loss:.4f}, perplexity {math.exp(loss):.3f}, accuracy {accuracy:.2%} '
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    print(f'{split} loss {loss:.4f}, perplexity {perplexity:.3f}, accuracy {accuracy:.2%} '
           f'({len(splits[split]) - 1:,} tokens)')
 
 
@@ -74,4 +77,4 @@ def show_next_commands(out_dir):
     print('next:')
     print(f'  python sample.py{where} --num_samples=3      more of its writing, after a --start of yours')
     print(f'  python plot_loss.py{run}      the loss curve as a picture')
-    print(f'  python train.py --test{where}      loss, perplexity and accuracy on text that it has not seen')
+    print(f'  python train.py --test{where}      loss, perplexity and accuracy on the test split')

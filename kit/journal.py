@@ -4,6 +4,7 @@ TensorBoard and Weights & Biases. Only rank 0 writes.
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -29,8 +30,6 @@ class Journal:
         self.log = self.metrics = self.tensorboard = self.wandb = None
         self.waiting = []  # records for TensorBoard, see record()
         self.failed = set()  # files that could not be written to
-        if hasattr(self.console, 'reconfigure'):
-            self.console.reconfigure(errors='replace', line_buffering=True)  # any console, and live through a pipe
         sys.stdout = self
 
     def write(self, text):
@@ -80,7 +79,8 @@ class Journal:
         """The figures of a step, by the names of metrics.jsonl."""
         if not ranks.is_main or not self.metrics:
             return
-        record = {'step': step, 'time': round(time.time() - self.start, 3)} | figures
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
+        record = {'step': step, 'time': round(time.time() - self.start, 3)} | finite
         self.put(self.metrics, json.dumps(record) + '\n')
         if self.wandb:
             self.wandb.log(record | {'iter': step})
@@ -93,7 +93,12 @@ class Journal:
     def flush_tensorboard(self):
         if isinstance(self.tensorboard, Path):
             from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(self.tensorboard)
+            try:
+                self.tensorboard = SummaryWriter(self.tensorboard)
+            except OSError as error:
+                print(f'WARNING: no TensorBoard: {self.tensorboard} could not be written ({error.strerror})')
+                self.tensorboard = None
+                return
         for step, figures in self.waiting:
             for name, value in figures.items():
                 self.tensorboard.add_scalar(TAGS.get(name, name), value, step)
@@ -103,6 +108,7 @@ class Journal:
         """Write out what waits, and give the console back."""
         if self.tensorboard:
             self.flush_tensorboard()
+        if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()

@@ -38,6 +38,8 @@ def apply(settings, rules=(), operands=None):
     operands: a list that takes the bare words; without it a bare word is an error.
     Returns the settings as a dict. Arguments count from left to right, the later ones win.
     """
+    if hasattr(sys.stdout, 'reconfigure'):  # no character may end a run on a console that lacks it; live through pipes
+        sys.stdout.reconfigure(errors='replace', line_buffering=True)
     types_of_settings = int, float, bool, str, type(None)
     names = [k for k, v in settings.items() if not k.startswith('_') and type(v) in types_of_settings]
     defaults = {k: settings[k] for k in names}
@@ -177,7 +179,7 @@ def run_config_file(word, settings, defaults):
         fail(f'{word}: {type(error).__name__}: {error}')
     assigned = dict.fromkeys(n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
     for name, value in namespace.items():
-        if name in defaults and name in assigned:
+        if name in defaults and (name in assigned or value is not settings[name]):
             override(settings, name, check_type(name, value, defaults[name], f'{word}: {name} = {value!r}'))
         elif name not in defaults and name in assigned and not name.startswith('_'):
             if not isinstance(value, types.ModuleType | types.FunctionType | type):

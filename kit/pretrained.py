@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from kit import downloads
-from kit.overrides import HOUSE, fail
+from kit import downloads, ranks
+from kit.overrides import HOUSE, fail, require
 from kit.tokens import GPT2
 
 NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -32,6 +32,8 @@ def load(name):
         model_args = {'n_layer': config['n_layer'], 'n_head': config['n_head'], 'n_embd': config['n_embd'],
                       'block_size': config['n_positions'], 'bias': True, 'vocab_size': config['vocab_size'],
                       'gelu_approximate': GELU[gelu]}
+        if config.get('n_inner') not in (None, 4 * config['n_embd']) or config.get('scale_attn_by_inverse_layer_idx'):
+            fail(f'init_from = {name!r}: {folder} is a variant of GPT-2 (n_inner or scaled attention) that is not read')
         theirs = read_weights(folder)
         state = {}
         for key, value in theirs.items():
@@ -48,10 +50,8 @@ def load(name):
 def read_weights(folder):
     """All tensors of a Hugging Face folder, under their names."""
     if files := sorted(folder.glob('*.safetensors')):
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            fail(f'{files[0]} is read with the package safetensors: pip install safetensors')
+        require('safetensors', str(files[0]))
+        from safetensors.torch import load_file
         return {key: value for file in files for key, value in load_file(file).items()}
     return torch.load(folder / 'pytorch_model.bin', map_location='cpu', weights_only=True)
 
@@ -64,12 +64,14 @@ def find(name):
             if list(config.parent.glob('*.safetensors')) or (config.parent / 'pytorch_model.bin').exists():
                 return config.parent
     folder = HOUSE / 'data' / name
+    require('safetensors', f'init_from = {name!r}')
     for file in ('model.safetensors', 'config.json'):  # config.json last: with it the folder is whole
-        if not (folder / file).is_file():
+        if ranks.is_main and not (folder / file).is_file():
             url = f'https://huggingface.co/openai-community/{name}/resolve/main/{file}'
             try:
                 downloads.fetch(url, folder / file)
             except OSError as error:
                 fail(f'init_from = {name!r}: {url} could not be downloaded ({error}); fetch config.json and '
                      'model.safetensors by hand and give their folder: --init_from=FOLDER')
+    ranks.wait()
     return folder

@@ -21,7 +21,7 @@ def start(backend, device):
         return
     import torch.distributed as dist
     if backend == 'auto':
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
     dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
     print(f'processes: {world_size} (torchrun), backend {backend}')
 
@@ -39,7 +39,7 @@ def wrap(model, device):
         return model
     from torch.nn.parallel import DistributedDataParallel
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
-                                   gradient_as_bucket_view=True)  # gradients lie where they are exchanged: no copy
+                                   gradient_as_bucket_view=True)  # one copy of the gradients less in memory
 
 
 def exchange_gradients(model, now):

@@ -121,17 +121,33 @@ def read_meta(folder):
     try:
         if (folder / 'meta.json').is_file():
             meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-            if meta.get('format') != 1:
-                fail(f'{folder}/meta.json has format {meta.get("format")!r}; this version reads format 1')
-            return meta
+            return check_meta(meta)
         if (folder / 'meta.pkl').is_file():
             pickled = load_plain_pickle(folder / 'meta.pkl')
             chars = [pickled['itos'][i] for i in range(len(pickled['itos']))]
-            return {'vocab_size': int(pickled['vocab_size']), 'tokenizer': {'kind': 'char', 'chars': chars}}
+            return check_meta({'vocab_size': pickled['vocab_size'], 'tokenizer': {'kind': 'char', 'chars': chars}})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError,
             pickle.UnpicklingError) as error:
         fail(f'the meta file in {folder} is damaged or foreign ({error}); prepare the dataset again')
     return GPT2
+
+
+def check_meta(meta):
+    """Returns what describes a dataset, or raises ValueError, KeyError, TypeError or AttributeError where it cannot."""
+    if meta.get('format', 1) != 1:
+        raise ValueError(f'it has format {meta["format"]!r}, and this version reads format 1')
+    if not isinstance(meta['vocab_size'], int) or meta['vocab_size'] < 1:
+        raise ValueError(f'vocab_size is {meta["vocab_size"]!r}')
+    if meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
+        raise ValueError(f'dtype is {meta["dtype"]!r}')
+    for entry in meta.get('files', {}).values():
+        int(entry['tokens']), str(entry['sha256'])
+    kind = meta['tokenizer']['kind']
+    if kind not in ('char', 'bpe'):
+        raise ValueError(f'its tokenizer is of kind {kind!r}')
+    if kind == 'char' and len(''.join(meta['tokenizer']['chars'])) < meta['vocab_size']:
+        raise ValueError('it has fewer characters than ids')
+    return meta
 
 
 def padded_vocab_size(meta):

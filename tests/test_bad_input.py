@@ -37,6 +37,9 @@ def one_line(result, named):
     (['--device=cuda:7'], ['cuda:7', '--device=auto']),
     (['--device=toaster'], ['toaster', 'cpu']),
     (['--device=meta'], ['meta', 'cpu']),
+    (['--seed=99999999999999999999'], ['seed', '2**63']),
+    (['--backend=smoke'], ['backend', 'smoke', 'gloo']),
+    (['--checkpoint=other.pt'], ['checkpoint', '--test']),
     (['--out_dir='], ['out_dir']),
     (['--out_dir=.'], ['out_dir', 'folder of its own']),
     (['--dataset=tinny'], ['tinny', 'tiny', 'prepare.py']),
@@ -82,12 +85,6 @@ def test_values_of_real_recipes_pass(train, args):
     assert f'step {2 if "--max_iters=2" in args else 1}: ' in result.out
 
 
-def test_torchrun_needs_a_multiple(train):
-    """As torchrun starts it, one of two processes: the mistake is found before they meet."""
-    one_line(train('--gradient_accumulation_steps=3', env={'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'}),
-             ['gradient_accumulation_steps = 3', '2'])
-
-
 def test_only_one_rank_tells_of_a_mistake(train):
     result = train('--batch_size=0', env={'RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_RANK': '1'})
     assert result.status == 2 and result.err == ''
@@ -96,7 +93,8 @@ def test_only_one_rank_tells_of_a_mistake(train):
 @pytest.mark.parametrize('change, named', [
     (['--n_layer=3'], ['n_layer = 3', 'n_layer = 2']),
     (['--n_embd=64'], ['n_embd = 64', '32']),
-    (['--block_size=32'], ['block_size = 32', '16 positions']),
+    (['--block_size=32'], ['block_size = 32', 'block_size = 16']),
+    (['--block_size=8'], ['block_size = 8', 'block_size = 16']),
     (['--dataset=other'], ['dataset', 'tokenizer']),
     (['--learning_rate=-1'], ['learning_rate = -1']),
     (['--min_lr=0.5'], ['min_lr = 0.5', 'learning_rate']),
@@ -108,6 +106,37 @@ def test_resume_with_what_does_not_fit(train, run, tiny, change, named):
     before = sorted(tiny.rglob('*'))
     one_line(run('train.py', '--init_from=resume', '--device=cpu', *change), named)
     assert sorted(tiny.rglob('*')) == before
+
+
+def without(key):
+    return lambda saved: saved.pop(key)
+
+
+FOREIGN = {
+    'no model': without('model'), 'no model_args': without('model_args'), 'no iter_num': without('iter_num'),
+    'empty model_args': lambda saved: saved.update(model_args={}),
+    'model_args as a list': lambda saved: saved.update(model_args=[1]),
+    'another architecture': lambda saved: saved['model_args'].update(rope=True),
+    'a tensor missing': lambda saved: saved['model'].pop('transformer.ln_f.weight'),
+    'a tensor of another shape': lambda saved: saved['model'].update({'transformer.ln_f.weight': torch.ones(3)}),
+    'config as a number': lambda saved: saved.update(config=3),
+    'an empty meta': lambda saved: saved.update(meta={}),
+    'no optimizer': without('optimizer'), 'no best_val_loss': without('best_val_loss'),
+}
+
+
+@pytest.mark.parametrize('change', FOREIGN)
+def test_foreign_checkpoints(train, run, tiny, change):
+    train('--max_iters=1')
+    path = tiny / 'checkpoints/ckpt.pt'
+    saved = torch.load(path, weights_only=True)
+    FOREIGN[change](saved)
+    path.unlink()
+    torch.save(saved, path)
+    one_line(train('--init_from=resume'), ['train.py: '])
+    if change not in ('no optimizer', 'no best_val_loss'):
+        one_line(run('sample.py', f'--checkpoint={path}'), ['sample.py: '])
+        one_line(train('--test', f'--checkpoint={path}'), ['train.py: '])
 
 
 def test_checkpoints_cut_short(train, tiny):
@@ -135,6 +164,7 @@ def test_unwritable_folder(train, tiny):
     (['--out_dir=nowhere'], ['nowhere', 'no checkpoint']),
     (['--checkpoint=text.txt'], ['text.txt', 'no checkpoint']),
     (['--init_from=gpt3'], ['gpt3']),
+    (['--init_from=scratch'], ['scratch']),
     (['--device=cuda:9'], ['cuda:9']),
     (['--stpo=x'], ['stpo', 'stop']),
 ])

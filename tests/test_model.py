@@ -99,8 +99,9 @@ def test_impossible_heads_are_named():
         GPT(GPTConfig(**CONFIG | {'n_head': 3}))
 
 
-@pytest.mark.parametrize('temperature, top_k, top_p', [(1, 0, 1), (0.5, 0, 1), (2, 3, 1), (1, 99, 1), (1, 0, 0.6),
-                                                       (0.7, 4, 0.8), (1, 1, 1), (1, 0, 1e-6), (1e-30, 0, 1)])
+@pytest.mark.parametrize('temperature, top_k, top_p', [
+    (1, 0, 1), (0.5, 0, 1), (2, 3, 1), (1, 99, 1), (1, 0, 0.6), (0.7, 4, 0.8), (1, 1, 1), (1, 0, 1e-6), (1, 0, 1e-50),
+    (1e-30, 0, 1), (1e-50, 0, 1)])
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     """Against a loop over the sorted probabilities, by counting."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 1.5])

@@ -72,6 +72,12 @@ def test_config_files(script, tmp_path):
     assert 'learning_rate = 0.0' in script('int.py').err  # an int is taken for a float, then the rule counts
 
 
+def test_config_files_that_import(script, tmp_path):
+    (tmp_path / 'base.py').write_text('batch_size = 5\nhelper = 1\n')
+    (tmp_path / 'd.py').write_text('import sys\nsys.path.insert(0, ".")\nfrom base import *\nlearning_rate = 0.25\n')
+    assert outcome(script('d.py')) == (5, 0.25, None, True, 'x', [])
+
+
 def test_operands(script, tmp_path):
     assert outcome(script('one', 'two.py', '--batch_size=3', operands=', operands=words'))[-1] == ['one', 'two.py']
 

@@ -283,9 +283,23 @@ def test_mixed_precision_learns(train, dtype):
 
 
 def test_epochs_are_shown(train, tiny):
-    result = train('--sampling=shuffle', '--batch_size=32', '--max_iters=40', '--log_interval=39')
-    blocks = batches.blocks_per_epoch(18_000, 16)
-    assert f'epoch {40 * 32 / blocks:.2f}'[:9] in result.out
+    """An epoch of shuffle is 19 blocks here: as many as it visits, not the 20 that the text would fill."""
+    result = train('--sampling=shuffle', '--block_size=900', '--batch_size=2', '--log_interval=9')
+    assert batches.blocks_per_epoch(18_000, 900) == 19
+    assert re.search(rf'^iter 9: .*, epoch {20 / 19:.2f}$', result.out, re.M)
+
+
+def test_another_precision_on_resume(train, tiny):
+    """A run in float32 has no state of a loss scaler; it goes on in float16 all the same."""
+    train()
+    result = train('--init_from=resume', '--dtype=float16', '--max_iters=12')
+    assert result.status == 0 and list(losses(result)) == [10, 11], result.err
+
+
+def test_torchrun_wants_a_multiple(train, tiny):
+    result = torchrun(tiny, '--gradient_accumulation_steps=3')
+    assert result.status != 0 and not (tiny / 'checkpoints').exists()
+    assert 'train.py: gradient_accumulation_steps = 3: it counts over all processes' in result.err
 
 
 def test_a_run_is_reproducible(train):
@@ -311,7 +325,9 @@ def test_tensorboard_and_matplotlib_wait(tmp_path):
     assert done.stdout.splitlines()[-1] == '[]', done.stderr
 
 
-def test_losses_survive_json(train, tiny):
-    train('--max_iters=1')
+def test_records_are_strict_json(train, tiny):
+    """A rate of 1e30 makes NaN at once; JSON has none."""
+    result = train('--max_iters=3', '--learning_rate=1e30', '--decay_lr=False', '--warmup_iters=0')
+    assert 'loss nan' in result.out
     for line in (tiny / 'checkpoints/metrics.jsonl').read_text().splitlines():
-        assert json.loads(line)['step'] in (0, 1)
+        assert json.loads(line, parse_constant=pytest.fail)['step'] in (0, 1, 2, 3)
