@@ -111,15 +111,15 @@ ranks.start(backend, device)
 
 saved = {}
 if test or init_from == 'resume':
-    path = checkpoint or checkpoints.best(out_dir) if test else checkpoints.newest(out_dir)
+    path = (checkpoint or checkpoints.best(out_dir)) if test else checkpoints.newest(out_dir)
     saved = checkpoints.load(path, resume=not test)
     print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
 elif init_from != 'scratch':
     saved = pretrained.load(init_from)
 if saved:
+    shape = ['n_layer', 'n_head', 'n_embd', 'bias'] + (['block_size'] if init_from == 'resume' else [])
     config = overrides.adopt(
-        globals(), saved.get('config', {}) | saved['model_args'], config, RULES,
-        fixed=('n_layer', 'n_head', 'n_embd', 'bias') + ('block_size',) * (init_from == 'resume'),
+        globals(), saved.get('config', {}) | saved['model_args'], config, RULES, fixed=shape,
         launch=('out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'device', 'compile', 'backend'))
 
 if wandb_log:

@@ -23,6 +23,7 @@ def save(checkpoint, folder, names):
     folder = Path(folder)
     part, link = folder / f'.{names[0]}.part', folder / f'.{names[0]}.link'
     try:
+        part.unlink(missing_ok=True)  # left by a kill it can be the same file as ckpt.pt: never write into it
         with open(part, 'wb') as file:
             torch.save(checkpoint, file)
             file.flush()
@@ -31,6 +32,7 @@ def save(checkpoint, folder, names):
             if bad := archive.testzip():
                 raise OSError(f'the disk gave back other bytes than were written ({bad})')
         for name in names:
+            link.unlink(missing_ok=True)
             try:
                 os.link(part, link)
             except OSError:  # a file system without hard links
