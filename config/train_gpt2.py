@@ -1,4 +1,4 @@
-# GPT-2 (124M) on OpenWebText, to a loss of about 2.85: 300 billion tokens, some days on 8 A100s
+# GPT-2 (124M) on OpenWebText: 300 billion tokens; nanoGPT reports a loss of 2.85 after some days on 8 A100s
 # $ python prepare.py openwebtext
 # $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 

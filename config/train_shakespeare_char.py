@@ -1,4 +1,4 @@
-# a character-level GPT on Tiny Shakespeare: 10.7M parameters, minutes on a GPU, val loss about 1.47
+# a character-level GPT on Tiny Shakespeare: 10.7M parameters; nanoGPT reports 3 minutes on an A100, val loss 1.47
 # $ python train.py config/train_shakespeare_char.py
 
 dataset = 'shakespeare_char'
