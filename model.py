@@ -163,7 +163,7 @@ class GPT(nn.Module):
     # writing text
 
     @torch.no_grad()
-    def stream(self, idx, temperature=1.0, top_k=0, top_p=1.0, n_ids=None):
+    def stream(self, idx, temperature=1.0, top_k=0, top_p=1.0, n_ids=None, others=()):
         """
         Yield the next (B, 1) ids after idx (B, T), for as long as they are asked for. Draws from torch's generator.
 
@@ -171,18 +171,25 @@ class GPT(nn.Module):
         top_k:       only the k likeliest ids; 0 or None: all
         top_p:       only the likeliest ids that together reach this share (Holtzman et al. 2019, arXiv:1904.09751)
         n_ids:       only ids below it: a vocabulary that was rounded up has ids that stand for nothing
+        others:      models that have a say too: the ids are drawn from the mean of all probabilities
         """
-        block_size = self.config.block_size
-        caches, new = [KVCache(block_size) for _ in self.transformer.h], idx[:, -block_size:]
+        models = self, *others
+        block_size = min(model.config.block_size for model in models)
+        caches, new = [model.new_caches(block_size) for model in models], idx[:, -block_size:]
         while True:
-            logits = self.lm_head(self.hidden(new, caches)[:, -1])[:, :n_ids].float()  # (B, n_ids)
+            votes = [model.lm_head(model.hidden(new, cache)[:, -1])[:, :n_ids].float()  # (B, n_ids)
+                     for model, cache in zip(models, caches)]
+            logits = votes[0] if not others else torch.stack([F.log_softmax(v, dim=-1) for v in votes]).logsumexp(0)
             new = choose(logits, temperature, top_k, top_p)  # (B, 1)
             idx = torch.cat((idx[:, -block_size:], new), dim=1)
             yield new
-            if caches[0].length == block_size:
+            if caches[0][0].length == block_size:
                 # Positions are absolute, so a full window cannot slide along. It is read anew from its second half,
                 # which costs two token-forwards a token in the long run; a window that slides costs block_size.
-                caches, new = [KVCache(block_size) for _ in self.transformer.h], idx[:, -max(1, block_size // 2):]
+                caches, new = [model.new_caches(block_size) for model in models], idx[:, -max(1, block_size // 2):]
+
+    def new_caches(self, block_size):
+        return [KVCache(block_size) for _ in self.transformer.h]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_ids=None):
         """(B, T) ids -> (B, T + max_new_tokens), see stream."""

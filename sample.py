@@ -4,6 +4,7 @@ Let a trained GPT write.
 $ python sample.py --start="To be" --num_samples=3              from best.pt of checkpoints/
 $ python sample.py --start=FILE:prompt.txt --temperature=0      the prompt from a file; always the likeliest token
 $ python sample.py --checkpoint=exp1_baseline/ckpt.pt
+$ python sample.py --checkpoint=exp1/best.pt,exp2/best.pt       the mean of what several models say
 $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --max_new_tokens=100
 """
 
@@ -19,7 +20,8 @@ from model import GPT, GPTConfig
 
 init_from = 'resume'        # resume (a checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder
 out_dir = 'checkpoints'     # where the checkpoint is: best.pt, else ckpt.pt
-checkpoint = ''             # or this very file
+checkpoint = ''             # or this very file, or several: a.pt,b.pt
+weights = 'auto'            # of a checkpoint's weights: auto (its average where it has one), raw, ema, swa
 start = '\n'                # the prompt, or FILE:prompt.txt
 num_samples = 1             # drawn side by side as one batch; a single one is shown as it is written
 max_new_tokens = 500        # tokens in each, at most
@@ -33,9 +35,10 @@ dtype = 'auto'              # auto, float32, bfloat16, float16
 compile = False             # torch.compile: takes half a minute, pays in long texts
 
 config = overrides.apply(globals(), [
+    'not checkpoint or init_from == "resume"  # --checkpoint names what to sample from already; leave --init_from out',
     'init_from != "scratch"  # an untrained model has nothing to say; resume takes a checkpoint',
     'num_samples >= 1', 'max_new_tokens >= 1', 'temperature >= 0', 'top_k >= 0', '0 < top_p <= 1', '0 <= seed < 2**63',
-    'dtype in ("auto", "float32", "bfloat16", "float16")',
+    'dtype in ("auto", "float32", "bfloat16", "float16")', 'weights in ("auto", "raw", "ema", "swa")',
     'start  # the prompt is empty: give at least one character, a line break ("\\n") is the default',
 ])
 if start.startswith('FILE:'):
@@ -49,25 +52,32 @@ if start.startswith('FILE:'):
 # ---------------------------------------------------------------------------------------------------------------------
 # model and tokenizer
 
-if init_from == 'resume':
-    path = checkpoint or checkpoints.best(out_dir)
-    saved = checkpoints.load(path)
-    print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
-else:
-    saved = pretrained.load(init_from)
 device = devices.choose_device(device)
 dtype = devices.choose_dtype(dtype, device)
-model = GPT(GPTConfig(**saved['model_args'] | {'dropout': 0.0}))
-checkpoints.fill(model, saved['model'])
-model.eval().to(device)
-if compile:
-    model.hidden = torch.compile(model.hidden, dynamic=True)  # one graph, however many tokens lie in the cache
+if init_from == 'resume':
+    paths = [path for path in checkpoint.split(',') if path] or [str(checkpoints.best(out_dir))]
+    loaded = {path: checkpoints.load(path) for path in paths}
+else:
+    loaded = {init_from: pretrained.load(init_from)}
+models = []
+for path, saved in loaded.items():
+    if init_from == 'resume':
+        print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
+    model = GPT(GPTConfig(**saved['model_args'] | {'dropout': 0.0}))
+    checkpoints.fill(model, checkpoints.weights(saved, weights))
+    model.eval().to(device)
+    if compile:
+        model.hidden = torch.compile(model.hidden, dynamic=True)  # one graph, however many tokens lie in the cache
+    models.append(model)
 
 # nanoGPT's checkpoints do not hold their tokenizer, but they name the dataset
 dataset = saved.get('config', {}).get('dataset', '')
 meta = saved.get('meta') or tokens.read_meta(tokens.dataset_folder(dataset))
 if meta['vocab_size'] > saved['model_args']['vocab_size']:
     overrides.fail(f'{path}: its tokenizer stands in data/{dataset}/meta.pkl, and that is not here; copy the folder')
+for other, saved in loaded.items():
+    if saved.get('meta', meta)['tokenizer'] != meta['tokenizer']:
+        overrides.fail(f'{other} and {path} have different tokenizers; only models that read the same ids can be mixed')
 try:
     text = tokens.tokenizer(meta['tokenizer'])
     prompt = text.encode(start)
@@ -94,7 +104,7 @@ def written(row):
 
 shown = 0
 with devices.autocast(device, dtype):
-    ids = model.stream(torch.tensor(rows, device=device), temperature, top_k, top_p, n_ids=text.size)
+    ids = models[0].stream(torch.tensor(rows, device=device), temperature, top_k, top_p, text.size, models[1:])
     for _ in range(max_new_tokens):
         for i, new in enumerate(next(ids)[:, 0].tolist()):
             if not is_done[i]:

@@ -5,27 +5,33 @@ $ python train.py                                                   a small mode
 $ python train.py config/train_shakespeare_char.py                  on Shakespeare, by character
 $ python train.py config/train_gpt2.py --batch_size=8               any setting can be given: config file, then flags
 $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py    the same steps, on four GPUs
-$ python train.py --init_from=resume                                go on after an interruption
+$ python train.py --init_from=resume                                go on after an interruption, as if there were none
+$ python train.py --init_from=exp1/best.pt --dataset=book           a new run that begins with the weights of another
 $ python train.py --test --checkpoint=checkpoints/best.pt           what a checkpoint is worth on the test split
 """
 
 import math
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
 
 from kit import (
+    averages,
     batches,
     checkpoints,
     corpora,
     devices,
+    diagnosis,
     errands,
     evaluation,
     optimizers,
     overrides,
     pretrained,
+    provenance,
     ranks,
+    signals,
     tokens,
 )
 from kit.journal import Journal, duration, short
@@ -38,17 +44,19 @@ journal = Journal()  # from here on every line that is printed also goes to trai
 
 # the run
 out_dir = 'checkpoints'     # checkpoints, training.log and metrics.jsonl go here; an earlier run is moved aside
-init_from = 'scratch'       # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder
+init_from = 'scratch'       # scratch, resume, auto (resume if it can), FILE.pt, gpt2[-medium, -large, -xl], HF folder
 eval_interval = 400         # steps between evaluations, 0 = only at the end
 eval_iters = 40             # batches an evaluation takes from each split, 0 = all of val and as much of train
 eval_only = False           # evaluate once and leave
 log_interval = 50           # steps between iter lines, 0 = none
-save_interval = 400         # steps between the checkpoints step_*.pt, 0 = none
+save_interval = 100         # steps between the checkpoints step_*.pt, 0 = none; close ones average well
 keep_last = 10              # how many of these are kept, 0 = all
 always_save_checkpoint = True  # whether an evaluation without progress refreshes ckpt.pt too
+save_errors = 'warn'        # where a checkpoint cannot be written: warn and train on, or stop
 dry_run = False             # show the batch, the model and what the run will take, and leave
 test = False                # measure a checkpoint on the test split, and leave
-checkpoint = ''             # which one --test takes, '' = best.pt of out_dir
+checkpoint = ''             # which one --test takes, or several: a.pt,b.pt; '' = best.pt of out_dir
+weights = 'auto'            # of a checkpoint's weights: auto (its average where it has one), raw, ema, swa
 # where figures go, beside the console
 tensorboard = True          # to runs/
 wandb_log = False           # to Weights & Biases
@@ -73,6 +81,9 @@ weight_decay = 1e-1         # on matrices and embeddings
 beta1 = 0.9                 # memory of the mean gradient
 beta2 = 0.99                # and of its square: 0.95 where a step has many tokens
 grad_clip = 1.0             # gradients are scaled down to this norm, 0.0 = never
+max_bad_steps = 20          # so many steps in a row with a NaN or Inf: go back once, then stop; 0 = go on and on
+ema_decay = 0.0             # moving average of the weights, evaluated and saved beside them: 0.999, 0.9999; 0 = none
+swa_start = 0               # or the plain mean of the weights from this step on, 0 = none
 # learning rate over the steps
 warmup_iters = 100          # steps of linear warmup, with or without decay
 decay_lr = True             # cosine from learning_rate to min_lr, else constant
@@ -92,6 +103,10 @@ RULES = [
     'batch_size >= 1', 'gradient_accumulation_steps >= 1', 'block_size >= 1', 'n_layer >= 1', 'n_head >= 0',
     'n_embd >= 1', 'max_iters >= 1', 'warmup_iters >= 0', 'lr_decay_iters >= 0', 'learning_rate > 0', 'min_lr >= 0',
     'weight_decay >= 0', 'grad_clip >= 0', '0 <= dropout < 1', '0 <= beta1 < 1', '0 <= beta2 < 1',
+    'max_bad_steps >= 0', '0 <= ema_decay < 1', 'swa_start >= 0',
+    'swa_start < max_iters  # the average would never begin',
+    'not (ema_decay and swa_start)  # one average at a time; --ema_decay=0 or --swa_start=0',
+    'weights in ("auto", "raw", "ema", "swa")', 'save_errors in ("warn", "stop")',
     'n_head == 0 or n_embd % n_head == 0  # n_embd must be a multiple of n_head; --n_head=0 takes a head per 64',
     'not decay_lr or min_lr <= learning_rate  # the rate must decay downwards; lower min_lr, or --decay_lr=False',
     'not decay_lr or not lr_decay_iters or warmup_iters < lr_decay_iters  # warmup must end before the decay does',
@@ -109,18 +124,33 @@ config = overrides.apply(globals(), RULES)
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
 ranks.start(backend, device)
 
+if not (test or eval_only or dry_run):  # what is read below must still be true when this run writes
+    ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=False, may_write=False))
 saved = {}
-if test or init_from == 'resume':
-    path = (checkpoint or checkpoints.best(out_dir)) if test else checkpoints.newest(out_dir)
-    saved = checkpoints.load(path, resume=not test)
+if init_from == 'auto':
+    init_from = 'resume' if checkpoints.exist(out_dir) else 'scratch'
+    print(f'init_from: {init_from} (auto: {out_dir} holds {"a" if init_from == "resume" else "no"} checkpoint)')
+if test:
+    paths = [path for path in checkpoint.split(',') if path] or [str(checkpoints.best(out_dir))]
+    tested = {path: checkpoints.load(path) for path in paths}
+    saved = next(iter(tested.values()))
+elif init_from == 'resume':
+    path, saved = checkpoints.newest(out_dir)
     print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
+elif init_from.endswith('.pt'):
+    saved = checkpoints.load(init_from)
+    print(f'weights: {init_from}, after {saved["iter_num"]} steps')
+    saved = {key: saved[key] for key in ('model_args', 'meta') if key in saved} | {
+        'model': checkpoints.weights(saved, weights)}
 elif init_from != 'scratch':
     saved = pretrained.load(init_from)
 if saved:
-    shape = ['n_layer', 'n_head', 'n_embd', 'bias'] + (['block_size'] if init_from == 'resume' else [])
+    shape = {name: saved['model_args'][name] for name in ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size')}
     config = overrides.adopt(
-        globals(), saved.get('config', {}) | saved['model_args'], config, RULES, fixed=shape,
-        launch=('out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'device', 'compile', 'backend'))
+        globals(), saved.get('config', {}) | shape, config, RULES,
+        fixed=[name for name in shape if test or init_from == 'resume' or name != 'block_size'],  # GPT-2's can be cut
+        launch=('out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'weights', 'device', 'compile',
+                'backend'))
 
 if wandb_log:
     overrides.require('wandb', 'wandb_log = True')
@@ -142,12 +172,22 @@ steps_per_epoch = batches.rows_per_epoch(len(data['train']), block_size, samplin
 def get_batch(split, step, micro_step):
     """x and y of one micro-step of this process, each (batch_size, block_size); y is x moved on by one token."""
     step, micro_step = step + micro_step // micro_steps, micro_step % micro_steps  # the one after the last
-    starts = batches.window_starts(len(data[split]), block_size, rows_per_step, seed, step, sampling)
+    starts = batches.window_starts(len(data[split]), block_size, rows_per_step, seed, step, sampling, rewinds)
     first = (micro_step * ranks.world_size + ranks.rank) * batch_size
     rows = batches.windows(data[split], starts[first:first + batch_size], block_size)  # (B, T + 1)
     rows = devices.send(rows, device)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
+
+if test:
+    models = {}
+    for path, saved in tested.items():
+        checkpoints.check_fit(saved, saved['model_args'], meta)
+        models[path] = GPT(GPTConfig(**saved['model_args'])).to(device)
+        checkpoints.fill(models[path], checkpoints.weights(saved, weights))
+        print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
+    errands.test(models, data, meta, batch_size, device, dtype)
+    ranks.leave()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model and optimizer
@@ -156,33 +196,39 @@ n_head = n_head or default_heads(n_embd)
 model_args = saved.get('model_args', {'vocab_size': tokens.padded_vocab_size(meta)}) | dict(
     n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 checkpoints.check_fit(saved, model_args, meta)
-if saved:  # GPT-2's 1,024 positions can be cut to fewer
+if saved:
     positions = 'transformer.wpe.weight'
     saved['model'][positions] = saved['model'][positions][:block_size]
 
-torch.manual_seed(seed)
+batches.seed_all(seed)
 raw_model = GPT(GPTConfig(**model_args))
 if saved:
     checkpoints.fill(raw_model, saved['model'])
 raw_model.to(device)
-if test:
-    errands.test(raw_model, data, meta, batch_size, device, dtype)
-    ranks.leave()
+average = averages.running(raw_model, ema_decay, swa_start)
 
 optimizer = optimizers.adamw(raw_model, weight_decay, learning_rate, (beta1, beta2))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-step, best_val_loss = 0, math.inf
+step, best_val_loss, rewinds = 0, math.inf, 0  # rewinds: how often the run went back over bad numbers
+bad_steps = torch.zeros(2, dtype=torch.int64, device=device)  # in a row up to now, and since the last iter line
+recent_losses = deque(maxlen=20)  # of the iter lines
+is_other_text = init_from == 'resume' and saved.get('config', {}).get('dataset', dataset) != dataset
 if init_from == 'resume':
-    step, best_val_loss = saved['iter_num'], float(saved['best_val_loss'])
-    optimizers.resume(optimizer, saved['optimizer'])
-    if saved.get('scaler'):  # empty where the loss was not scaled
-        scaler.load_state_dict(saved['scaler'])
-first_step = step
+    step, best_val_loss, rewinds = saved['iter_num'], float(saved['best_val_loss']), saved.get('rewinds', 0)
+    bad_steps += torch.tensor(saved.get('bad_steps', [0, 0]), device=device)
+    recent_losses.extend(saved.get('recent_losses', []))
+    checkpoints.restore(saved, raw_model, optimizer, scaler)
+    averages.restore(average, saved)
+if is_other_text:
+    best_val_loss = math.inf  # a loss on another text is no mark
+first_new_step = step + 1 if init_from == 'resume' else 0  # the resumed one was evaluated and saved before
 saved = None  # its memory is free again
 
 flops_per_step = raw_model.flops_per_token() * tokens_per_step
 if devices.choose_compile(compile, device, flops_per_step * max_iters):
     raw_model.compile()
+    if average:
+        average.module.compile()
 model = ranks.wrap(raw_model, device)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,13 +252,20 @@ def get_lr(step):
 
 
 def evaluate():
-    val_rows = eval_iters * batch_size or len(data['val']) // block_size
+    has_average = average is not None and average.n_averaged > 0
+    evaluated = average.module if has_average else raw_model  # whichever is better worth keeping
+    rows = {'val': eval_iters * batch_size, 'train': eval_iters * batch_size or len(data['val']) // block_size}
     figures = {}
-    for split, rows in ('train', val_rows), ('val', eval_iters * batch_size):
+    for split in 'train', 'val':
         figures[f'{split}/loss'], figures[f'{split}/accuracy'] = evaluation.measure(
-            raw_model, data[split], block_size, batch_size, rows, device, dtype)
-    print(f'step {step}: train loss {figures["train/loss"]:.4f}, val loss {figures["val/loss"]:.4f}, '
-          f'val accuracy {figures["val/accuracy"]:.2%}')
+            evaluated, data[split], block_size, batch_size, rows[split], device, dtype)
+    line = (f'step {step}: train loss {figures["train/loss"]:.4f}, val loss {figures["val/loss"]:.4f}, '
+            f'val accuracy {figures["val/accuracy"]:.2%}')
+    if has_average:
+        figures['raw/val/loss'], _ = evaluation.measure(
+            raw_model, data['val'], block_size, batch_size, rows['val'], device, dtype)
+        line += f', raw val loss {figures["raw/val/loss"]:.4f} (the others are of the {average.kind})'
+    print(line)
     return figures
 
 
@@ -236,43 +289,69 @@ if step >= max_iters:
 if dry_run:
     ranks.leave()
 
-if ranks.is_main and init_from != 'resume':
-    checkpoints.move_aside(out_dir)
+ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=init_from != 'resume'))
 journal.open(out_dir, wandb_run_name or Path(out_dir).name, config, tensorboard, wandb_project if wandb_log else '')
+if ranks.is_main:
+    provenance.record(out_dir, config, step)
+    checkpoints.move_later_aside(out_dir, step, best_too=is_other_text)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training: steps are numbered by the updates made so far, so `step` 0 is the untrained model and max_iters the last
 
-clock, steps_timed = time.perf_counter(), 0
+signals.listen()
+clock, steps_timed, is_saved = time.perf_counter(), 0, True
 while True:
+    # bad steps are skipped, see below; where they do not end, go back to before them, with other text from there on
+    if max_bad_steps and step % max_bad_steps == 0 and bad_steps[0] >= max_bad_steps:  # seldom, since it waits
+        if rewinds:
+            print(diagnosis.bad_numbers(step, int(bad_steps[0]), learning_rate, dtype))
+            journal.close()
+            ranks.leave(1)
+        went_back_to = errands.go_back(out_dir, step - int(bad_steps[0]), raw_model, optimizer, scaler, average)
+        if went_back_to is not None:
+            step, first_new_step = went_back_to, went_back_to + 1
+        rewinds += 1
+        bad_steps[0] = 0
+        X, Y = get_batch('train', step, 0)
+
     lr = get_lr(step)
     for group in optimizer.param_groups:
         group['lr'] = lr
-    is_last = step >= max_iters
-    is_new = step > first_step or init_from != 'resume'  # where a resumed run starts, all this was done before
+    is_new, is_last = step >= first_new_step, step >= max_iters
 
-    # evaluate, and save what is new, best, due or last
+    # evaluate, and save what is new, best, due, last, or asked for by a signal
     is_evaluated = is_last or (is_new and eval_interval > 0 and step % eval_interval == 0)
-    is_best = False
+    best_before, is_best = best_val_loss, False
     if is_evaluated:
         figures = evaluate()
         is_best = figures['val/loss'] < best_val_loss
         best_val_loss = min(best_val_loss, figures['val/loss'])
         journal.record(step, figures)
-    is_due = is_new and save_interval > 0 and step % save_interval == 0
-    if step > 0 and (is_last or is_due or (is_evaluated and (is_best or always_save_checkpoint))):
-        names = ['ckpt.pt'] + ([f'step_{step:07d}.pt'] if is_due else []) + (['best.pt'] if is_best else [])
+    asked = signals.take()
+    is_due = save_interval > 0 and step % save_interval == 0
+    if is_new and step > 0 and (
+            is_last or is_due or asked or (is_evaluated and (is_best or always_save_checkpoint))):
+        names = ([f'step_{step:07d}.pt'] if is_due else []) + (['best.pt'] if is_best else []) + ['ckpt.pt']
         if ranks.is_main:
             print(f'saving checkpoint to {out_dir} ({", ".join(names)})')
-            checkpoints.save({
+            is_saved = checkpoints.save({
                 'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                'model_args': model_args, 'iter_num': step, 'best_val_loss': best_val_loss, 'config': config,
-                'meta': meta, 'epoch': step / steps_per_epoch, 'torch': str(torch.__version__),
-            }, out_dir, names)
-            checkpoints.prune(out_dir, keep_last)
+                **averages.state(average), 'model_args': model_args, 'iter_num': step, 'best_val_loss': best_val_loss,
+                'config': config, 'meta': meta, 'epoch': step / steps_per_epoch, 'rewinds': rewinds,
+                'bad_steps': bad_steps.tolist(), 'recent_losses': list(recent_losses),
+                'random_states': checkpoints.random_states(), 'versions': provenance.versions(),
+            }, out_dir, names, stop_on_error=save_errors == 'stop')
+            if is_saved:
+                checkpoints.prune(out_dir, keep_last)
+            else:
+                best_val_loss = best_before  # what could not be kept may be beaten by less
+    if asked in signals.STOP:
+        errands.show_how_to_go_on(asked, step, out_dir)
+        journal.close()
+        ranks.leave(signals.status(asked))
     if is_last:
         break
-    if is_evaluated or is_due:
+    if is_evaluated or is_due or asked:
         clock, steps_timed = time.perf_counter(), 0
 
     # one step: the mean gradient of all its rows, a micro-step at a time
@@ -286,16 +365,25 @@ while True:
         X, Y = get_batch('train', step, micro_step + 1)  # the next one, while the device works on this one
         scaler.scale(loss).backward()
         loss_of_step += loss.detach()
+    loss_of_step = ranks.total(loss_of_step) / ranks.world_size
     scaler.unscale_(optimizer)  # the norm must be that of the true gradients
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
+
+    # a bad number on any rank makes loss or norm bad on all: then nothing moves, neither weights, moments nor average
+    is_good = torch.isfinite(loss_of_step) & torch.isfinite(grad_norm)  # stays on the device
+    optimizers.step(optimizer, is_good)
+    if average and step >= swa_start and is_good:
+        average.update_parameters(raw_model)
+    # while float16's scale is above 1, a norm that overflows only lowers it, and is no bad step
+    is_bad = ~torch.isfinite(loss_of_step) if scaler.get_scale() > 1 else ~is_good
+    bad_steps = torch.stack([(bad_steps[0] + 1) * is_bad, bad_steps[1] + is_bad])
+    scaler.update(scaler.get_scale() if scaler.is_enabled() and is_bad else None)  # these are no fault of the scale
     optimizer.zero_grad(set_to_none=True)
     steps_timed += 1
 
     # log; reading the loss waits for the device, so the steps in between stay unread
     if log_interval and (step % log_interval == 0 or step + 1 == max_iters):
-        loss_of_step = ranks.total(loss_of_step).item() / ranks.world_size
+        loss_of_step = loss_of_step.item()
         seconds = (time.perf_counter() - clock) / steps_timed
         rate = tokens_per_step / seconds
         mfu = flops_per_step / seconds / (devices.peak_flops(device, dtype) * ranks.world_size)
@@ -304,15 +392,24 @@ while True:
               f'norm {grad_norm:.2f}, {short(rate)} tok/s, eta {duration(seconds * (max_iters - step - 1))}, '
               f'epoch {epoch:.2f}')
         journal.record(step, {'loss': loss_of_step, 'lr': lr, 'grad_norm': grad_norm.item(), 'time_ms': seconds * 1000,
-                              'tokens_per_second': rate, 'mfu': mfu, 'epoch': epoch})
+                              'tokens_per_second': rate, 'mfu': mfu, 'epoch': epoch, 'bad_steps': int(bad_steps[1])})
+        if bad_steps[1]:
+            print(f'WARNING: bad numbers: the loss or the gradient of {int(bad_steps[1])} of the steps up to {step} '
+                  'was not finite; they were skipped')
+            bad_steps[1] = 0
+        if math.isfinite(loss_of_step):
+            if spike := diagnosis.spike(recent_losses, loss_of_step):
+                print(f'WARNING: iter {step}: {spike}')
+            recent_losses.append(loss_of_step)
         clock, steps_timed = time.perf_counter(), 0
     step += 1
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what came of it
 
+signals.obey()
 if ranks.is_main:
-    errands.show_sample(raw_model, meta, device, dtype)
+    errands.show_sample(average.module if average else raw_model, meta, device, dtype)
     errands.show_next_commands(out_dir)
 journal.close()
-ranks.leave()
+ranks.leave(0 if is_saved else 1)  # 1: the last state could not be saved

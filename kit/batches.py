@@ -5,13 +5,15 @@ The rows of a step are a function of (seed, step) alone (promise 1): they are al
 every rank, and the caller takes its slice of them.
 """
 
+import random
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 
 def generator(*key):
-    """NumPy's generator for a key of non-negative ints: the same key, the same numbers."""
+    """NumPy's generator for a key of non-negative ints: the same key, the same numbers. Zeros at its end count not."""
     return np.random.default_rng(key)
 
 
@@ -20,24 +22,33 @@ def torch_seed(*key):
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def window_starts(n_tokens, block_size, rows, seed, step, sampling):
+def seed_all(seed):
+    """Seed every global generator: torch's own, and those that code added to a script may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def window_starts(n_tokens, block_size, rows, seed, step, sampling, rewinds=0):
     """
     Where the `rows` windows of a step begin, (rows,) int64. A window holds block_size inputs and one more target.
+    rewinds: how often the run went back to a checkpoint over bad numbers; each time other text comes.
 
     random:     anywhere, with replacement, as in nanoGPT
     shuffle:    every block of block_size tokens once an epoch, in a new order and shifted by a new offset each time
     sequential: one block after the other through the text, and again
     """
     if sampling == 'random':
-        return generator(seed, step).integers(n_tokens - block_size, size=rows)
+        return generator(seed, step, rewinds).integers(n_tokens - block_size, size=rows)
     places = np.arange(step * rows, (step + 1) * rows)
     if sampling == 'sequential':
-        return places % rows_per_epoch(n_tokens, block_size, sampling) * block_size
+        blocks = rows_per_epoch(n_tokens, block_size, sampling)
+        return (places + rewinds * (blocks // 2)) % blocks * block_size
     blocks = blocks_per_epoch(n_tokens, block_size)
     starts = np.empty(rows, dtype=np.int64)
     for epoch in np.unique(places // blocks):
         here = places // blocks == epoch
-        offset, order = shuffled_blocks(n_tokens, block_size, seed, int(epoch))
+        offset, order = shuffled_blocks(n_tokens, block_size, seed, int(epoch), rewinds)
         starts[here] = offset + order[places[here] % blocks] * block_size
     return starts
 
@@ -55,12 +66,12 @@ def blocks_per_epoch(n_tokens, block_size):
 
 
 @lru_cache(maxsize=2)  # a step can straddle two epochs
-def shuffled_blocks(n_tokens, block_size, seed, epoch):
+def shuffled_blocks(n_tokens, block_size, seed, epoch, rewinds=0):
     """(offset, order) of an epoch of sampling = shuffle."""
     blocks = blocks_per_epoch(n_tokens, block_size)
-    random = generator(seed, epoch, 1)  # the 1 keeps these draws apart from a step's
-    offset = random.integers(min(block_size, n_tokens - blocks * block_size))
-    return int(offset), random.permutation(blocks)
+    draw = generator(seed, epoch, 1, rewinds)  # the 1 keeps these draws apart from a step's
+    offset = draw.integers(min(block_size, n_tokens - blocks * block_size))
+    return int(offset), draw.permutation(blocks)
 
 
 def windows(data, starts, block_size):

@@ -116,7 +116,7 @@ def peak_flops(device, dtype):
                     return peak
                 if torch.cuda.get_device_capability(device) >= (8, 0):
                     return peak / 2  # TF32 runs at half the rate; older ones have none
-    n = 4096 if device.type == 'cuda' else 1024
+    n = 4096 if device.type == 'cuda' else 1024 if dtype != 'float16' else 128  # a CPU is a hundred times slower in it
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     seconds = []
     for _ in range(10):  # the best of them: other work on the machine only ever takes away

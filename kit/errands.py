@@ -1,11 +1,13 @@
 """What train.py does before training, after it, or instead of it."""
 
 import math
+import shlex
 import time
+from pathlib import Path
 
 import torch
 
-from kit import devices, evaluation, tokens
+from kit import averages, checkpoints, devices, evaluation, ranks, tokens
 
 FIRST_LOSS_OFF = 0.5  # nats: GPT-2's initialisation starts within 0.1 of a fair guess, a broken one far from it
 
@@ -44,16 +46,55 @@ def first_look(model, raw_model, x, y, meta, device, dtype, from_scratch):
     return min(seconds)
 
 
-def test(model, splits, meta, batch_size, device, dtype):
-    """Measure the whole test split; where a dataset has none, val, and say so."""
+def test(models, splits, meta, batch_size, device, dtype):
+    """
+    Measure the whole test split; where a dataset has none, val, and say so. models: {name: model}; several of them
+    are followed by their ensemble.
+    """
     split = 'test' if 'test' in splits else 'val'
     if split == 'val':
         print('this dataset has no test.bin: val is taken')
     print(f'splits: {meta.get("split", "as they were found")}')
-    loss, accuracy = evaluation.measure(model, splits[split], model.config.block_size, batch_size, 0, device, dtype)
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    print(f'{split} loss {loss:.4f}, perplexity {perplexity:.3f}, accuracy {accuracy:.2%} '
-          f'({len(splits[split]) - 1:,} tokens)')
+    if len(models) > 1:
+        models = models | {'ensemble': evaluation.Ensemble(models.values())}
+    bytes_per_token = tokens.bytes_per_token(meta, splits[split][1:])
+    for name, model in models.items():
+        block_size = model.config.block_size
+        loss, accuracy = evaluation.measure(model, splits[split], block_size, batch_size, 0, device, dtype)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        bits = f'{loss / math.log(2) / bytes_per_token:.4f}' if bytes_per_token else 'unknown'
+        print(f'{split} loss {loss:.4f}, perplexity {perplexity:.3f}, accuracy {accuracy:.2%}, bits per byte {bits} '
+              f'({len(splits[split]) - 1:,} tokens): {name}')
+
+
+def go_back(out_dir, first_bad, model, optimizer, scaler, average):
+    """
+    Put a training back to its last checkpoint from before the step first_bad; bad steps left the weights as they were
+    there, so that step's own would not do. Returns the step; None, and nothing changes, where there is no such one.
+    """
+    path, saved = checkpoints.before(out_dir, first_bad)
+    if not saved:
+        print(f'WARNING: every step since {first_bad} was bad, no checkpoint is from before: other text from here on')
+        return None
+    step = saved['iter_num']
+    print(f'WARNING: every step since {first_bad} was bad: back to {path}, after {step} steps, with other text')
+    checkpoints.restore(saved, model, optimizer, scaler)
+    averages.restore(average, saved)
+    if ranks.is_main:
+        checkpoints.move_later_aside(out_dir, step)
+    return step
+
+
+def show_how_to_go_on(signal, step, out_dir):
+    """What a run says that a signal has stopped."""
+    where = '' if out_dir == 'checkpoints' else f' --out_dir={shlex.quote(out_dir)}'
+    saved = checkpoints.peek(Path(out_dir) / 'ckpt.pt').get('iter_num', 0)
+    if saved:
+        print(f'{signal}: stopped after {step} steps; this goes on '
+              f'{"as if it had not been" if saved == step else f"after step {saved}, the last that was saved"}:\n'
+              f'  python train.py{where} --init_from=resume')
+    else:
+        print(f'{signal}: stopped after {step} steps; there is nothing to go on from yet')
 
 
 def show_sample(model, meta, device, dtype, length=400):
@@ -72,9 +113,11 @@ def show_sample(model, meta, device, dtype, length=400):
 
 def show_next_commands(out_dir):
     """What is worth typing after a run."""
-    where = '' if out_dir == 'checkpoints' else f' --out_dir={out_dir}'
-    run = '' if out_dir == 'checkpoints' else f' {out_dir}'
+    name = shlex.quote(out_dir)
+    where, run, average = ('', '', '') if out_dir == 'checkpoints' else (
+        f' --out_dir={name}', f' {name}', f' --checkpoint_dir={name}')
     print('next:')
     print(f'  python sample.py{where} --num_samples=3      more of its writing, after a --start of yours')
     print(f'  python plot_loss.py{run}      the loss curve as a picture')
     print(f'  python train.py --test{where}      loss, perplexity and accuracy on the test split')
+    print(f'  python checkpoint_averaging.py{average}      the last checkpoints as one, which may be better than any')

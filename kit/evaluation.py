@@ -1,9 +1,32 @@
 """What a model is worth on a split. The model comes in as an argument, the data as an array of ids."""
 
+import math
+
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from kit import batches, devices, ranks
+
+
+class Ensemble(torch.nn.Module):
+    """Several models as one that gives every token the mean of their probabilities."""
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = torch.nn.ModuleList(models)
+        # the one with the shortest rows sets their length; ids that not all of them know stand for nothing
+        self.config = min((model.config for model in self.models), key=lambda config: config.block_size)
+        self.n_ids = min(model.config.vocab_size for model in self.models)
+
+    def forward(self, idx, targets):
+        """(B, T) ids and targets -> (log-probabilities (B, T, V), mean loss), as GPT.forward."""
+        total = None
+        for model in self.models:
+            log_probs = F.log_softmax(model(idx, targets)[0].float(), dim=-1)[..., :self.n_ids]  # (B, T, V)
+            total = log_probs if total is None else torch.logaddexp(total, log_probs)
+        total -= math.log(len(self.models))
+        return total, F.nll_loss(total.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from kit import ranks
@@ -34,7 +35,8 @@ class Journal:
 
     def write(self, text):
         if ranks.is_main:
-            self.console.write(text)
+            with suppress(OSError):  # the terminal may be closed; training.log goes on
+                self.console.write(text)
             if self.log:
                 self.put(self.log, text)
             else:
@@ -47,11 +49,13 @@ class Journal:
         except OSError as error:
             if file.name not in self.failed:
                 self.failed.add(file.name)
-                self.console.write(f'WARNING: {file.name} lacks lines from here on ({error.strerror})\n')
+                with suppress(OSError):
+                    self.console.write(f'WARNING: {file.name} lacks lines from here on ({error.strerror})\n')
 
     def flush(self):
         if ranks.is_main:
-            self.console.flush()
+            with suppress(OSError):
+                self.console.flush()
 
     def __getattr__(self, name):  # isatty, encoding, fileno, ...
         return getattr(self.console, name)
@@ -66,6 +70,8 @@ class Journal:
         out_dir = Path(out_dir)
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
+            for name in 'training.log', 'metrics.jsonl':
+                end_last_line(out_dir / name)
             self.log = open(out_dir / 'training.log', 'a', encoding='utf-8', buffering=1)
         except OSError as error:
             fail(f'out_dir = {str(out_dir)!r}: nothing can be written there ({error.strerror}); choose another folder')
@@ -113,6 +119,13 @@ class Journal:
         if self.wandb:
             self.wandb.finish()
         sys.stdout = self.console
+
+
+def end_last_line(path):
+    """A kill can leave half a line; what comes next begins a new one."""
+    with open(path, 'a+b') as file:
+        if file.tell() and (file.seek(-1, 2), file.read())[1] != b'\n':
+            file.write(b'\n')
 
 
 def duration(seconds):

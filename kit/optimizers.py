@@ -14,7 +14,18 @@ def adamw(model, weight_decay, learning_rate, betas):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
-def resume(optimizer, state):
+def step(optimizer, is_good):
+    """
+    Update the weights, unless is_good, a 0-dim bool on their device, is False: then neither the weights nor the
+    moments nor their step counts move. The fused kernel reads it on the device, so that the host need not wait.
+    """
+    if is_good.device.type == 'mps':  # where found_inf could not be tried
+        return optimizer.step() if is_good else None
+    optimizer.found_inf = (~is_good).float()
+    optimizer.step()
+
+
+def restore(optimizer, state):
     """Load a saved state. What the settings say of decay and betas goes before what the state says."""
     for saved, mine in zip(state['param_groups'], optimizer.param_groups):
         saved.update({key: mine[key] for key in ('weight_decay', 'betas', 'fused')})

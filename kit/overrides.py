@@ -14,6 +14,7 @@ import importlib.util
 import math
 import os
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -23,9 +24,22 @@ given = set()  # names that this command line or one of its config files has set
 
 
 def fail(message):
-    """End the script over a mistake of its user's: one line on stderr, status 2, no traceback."""
+    """
+    End the script over a mistake of its user's: one line on stderr, status 2, no traceback. Under torchrun every rank
+    finds the same mistakes and one of them tells: by the time the others would, torchrun has ended them.
+    """
+    if int(os.environ.get('RANK', 0)) > 0:
+        time.sleep(5)
     print(f'{Path(sys.argv[0]).name}: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def tell(kind, error, trace):
+    """Ctrl-C is no fault of the script's."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def apply(settings, rules=(), operands=None):
@@ -40,6 +54,7 @@ def apply(settings, rules=(), operands=None):
     """
     if hasattr(sys.stdout, 'reconfigure'):  # no character may end a run on a console that lacks it; live through pipes
         sys.stdout.reconfigure(errors='replace', line_buffering=True)
+    sys.excepthook = tell
     types_of_settings = int, float, bool, str, type(None)
     names = [k for k, v in settings.items() if not k.startswith('_') and type(v) in types_of_settings]
     defaults = {k: settings[k] for k in names}
@@ -47,29 +62,23 @@ def apply(settings, rules=(), operands=None):
     if '--help' in words or '-h' in words:
         print_help(settings, names)
         raise SystemExit(0)
-    if int(os.environ.get('RANK', 0)) > 0:  # every rank finds the same mistakes: one of them tells
-        sys.stderr, stderr = open(os.devnull, 'w'), sys.stderr
-    try:
-        while words:
-            word = words.pop(0)
-            if word.startswith('--'):
-                name, is_joined, text = word[2:].partition('=')
-                if name not in defaults:
-                    fail(f'--{name}: there is no such setting{nearest(name, names)}; --help lists them all')
-                if not is_joined:
-                    text = next_value(name, words, defaults[name])
-                override(settings, name, parse(name, text, defaults[name]))
-            elif word.endswith('.py') and operands is None:
-                run_config_file(word, settings, defaults)
-            elif operands is not None and not word.startswith('-'):
-                operands.append(word)
-            else:
-                fail(f'{word}: settings are given as --name=value, config files as a path that ends in .py')
-        config = {k: settings[k] for k in names}
-        check(rules, config)
-    finally:
-        if int(os.environ.get('RANK', 0)) > 0:
-            sys.stderr = stderr
+    while words:
+        word = words.pop(0)
+        if word.startswith('--'):
+            name, is_joined, text = word[2:].partition('=')
+            if name not in defaults:
+                fail(f'--{name}: there is no such setting{nearest(name, names)}; --help lists them all')
+            if not is_joined:
+                text = next_value(name, words, defaults[name])
+            override(settings, name, parse(name, text, defaults[name]))
+        elif word.endswith('.py') and operands is None:
+            run_config_file(word, settings, defaults)
+        elif operands is not None and not word.startswith('-'):
+            operands.append(word)
+        else:
+            fail(f'{word}: settings are given as --name=value, config files as a path that ends in .py')
+    config = {k: settings[k] for k in names}
+    check(rules, config)
     return config
 
 
@@ -80,16 +89,17 @@ def adopt(settings, saved, config, rules, fixed=(), launch=()):
     are not taken over. Returns the new config; every difference is printed.
     """
     for name, value in saved.items():
-        if name not in config or name in launch or value == config[name]:
+        if name not in config or name in launch or type(value) is type(config[name]) and value == config[name]:
             continue
         if name not in given or name in fixed and config[name] == 0:  # a size of 0 stands for what there is
+            value = check_type(name, value, config[name], f'{name} of the checkpoint')
             print(f'From the checkpoint: {name} = {value}')
             settings[name] = value
         elif name in fixed:
             fail(f'{name} = {config[name]}: these weights have {name} = {value}; another architecture is another run')
         else:
             print(f'Not from the checkpoint: {name} = {config[name]} (it has {value})')
-    config = {name: settings[name] for name in config}
+    config = config | {name: settings[name] for name in config if name not in launch}
     check([rule for rule in rules if given.intersection(names_in(rule))], config)  # the others held when it was saved
     return config
 

@@ -22,7 +22,11 @@ def load(name):
     not needed.
     """
     if name not in NAMES and not (Path(name) / 'config.json').is_file():
-        fail(f'init_from = {name!r}: neither scratch, resume, one of {", ".join(NAMES)}, nor a folder with config.json')
+        fail(f'init_from = {name!r}: neither scratch, resume, auto, a checkpoint FILE.pt, one of {", ".join(NAMES)}, '
+             'nor a Hugging Face folder with config.json')
+    if list(Path(name).glob('*.pt')):
+        fail(f'init_from = {name!r}: this is the folder of a run; name a file in it, such as {name}/best.pt, or '
+             f'go on with it: --init_from=resume --out_dir={name}')
     folder = find(name) if name in NAMES else Path(name)
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))

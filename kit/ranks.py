@@ -13,6 +13,7 @@ rank = int(os.environ.get('RANK', 0))
 local_rank = int(os.environ.get('LOCAL_RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
 is_main = rank == 0
+between_hosts = None  # a group of gloo's, None = the default one
 
 
 def start(backend, device):
@@ -23,6 +24,9 @@ def start(backend, device):
     if backend == 'auto':
         backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
     dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
+    if backend == 'nccl':  # what the hosts say to each other must not wait for the devices
+        global between_hosts
+        between_hosts = dist.new_group(backend='gloo')
     print(f'processes: {world_size} (torchrun), backend {backend}')
 
 
@@ -56,7 +60,39 @@ def total(tensor):
     return tensor
 
 
-def leave():
+def highest(number):
+    """The highest of the ints that the processes give here. Does not wait for the devices."""
+    if world_size > 1:
+        import torch
+        import torch.distributed as dist
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=between_hosts)
+        number = int(tensor)
+    return number
+
+
+def from_main(find):
+    """
+    What find() returns on rank 0, on all ranks: of what lies on disks they may not see the same. Where it ends the
+    script there, it ends on all.
+    """
+    if world_size == 1:
+        return find()
+    import torch.distributed as dist
+    found, status = None, 0
+    if is_main:
+        try:
+            found = find()
+        except SystemExit as end:
+            status = end.code
+    told = [found, status]
+    dist.broadcast_object_list(told, src=0, group=between_hosts)
+    if told[1]:
+        leave(told[1])
+    return told[0]
+
+
+def leave(status=0):
     """End the script, all processes together. To be called where nothing is left to close."""
     if world_size > 1:
         import torch.distributed as dist
@@ -65,5 +101,5 @@ def leave():
         sys.stdout.flush()
         # gloo's threads can abort a process while its interpreter winds down (in 2 of 6 runs with torch 2.13,
         # see pytorch/pytorch#179291), and torchrun would report a crash; nothing is left to wind down, so leave at once
-        os._exit(0)
-    raise SystemExit
+        os._exit(status)
+    raise SystemExit(status)

@@ -69,6 +69,22 @@ def decode(tokens, ids):
     return tokens.decode_bytes(ids).decode('utf-8', errors='replace')
 
 
+def bytes_per_token(meta, ids):
+    """
+    How many bytes of text a token of these ids stands for, on average; special tokens stand for none. None where the
+    tokenizer had to be downloaded and could not.
+    """
+    try:
+        text = tokenizer(meta['tokenizer'])
+    except OSError:
+        return None
+    special = getattr(text, 'encoding', None) and set(text.encoding._special_tokens.values()) or set()
+    counts = np.bincount(ids, minlength=text.size)
+    n_bytes = sum(int(counts[i]) * len(text.decode_bytes([i])) for i in np.flatnonzero(counts).tolist()
+                  if i not in special)
+    return n_bytes / len(ids)
+
+
 def tiktoken_encoding(name):
     """tiktoken's encoding of that name, from its cache, from FLATGPT_MIRROR/tiktoken, or downloaded."""
     import tiktoken

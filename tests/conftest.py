@@ -90,6 +90,31 @@ def train(run, tiny):
     return launch
 
 
+@pytest.fixture
+def hooked(run, tiny):
+    """hooked('code', '--max_iters=3') -> Result: train with some code run before the script."""
+    def launch(code, *args, **kwargs):
+        return run(hooked_script(tiny, code), '--dataset=tiny', *TINY, *args, **kwargs)
+    return launch
+
+
+def hooked_script(folder, code):
+    """train.py with some code before it, as a script."""
+    script = folder / 'hooked.py'
+    script.write_text(f'import sys; sys.path.insert(0, {str(HOUSE)!r}); __file__ = {str(HOUSE / "train.py")!r}\n'
+                      f'{code}\nexec(compile(open(__file__).read(), __file__, "exec"))\n')
+    return script
+
+
+def torchrun(folder, *args, script=HOUSE / 'train.py'):
+    """train.py as two processes."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               str(script), '--dataset=tiny', *TINY, *args]
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
 def losses(result):
     """{step: loss} of the iter lines."""
     return {int(line.split()[1][:-1]): float(line.split()[3][:-1])

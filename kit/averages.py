@@ -1,0 +1,84 @@
+"""Averages of weights: a running one beside the training (EMA, SWA), and the mean of many checkpoints."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+
+from kit import checkpoints
+
+
+def running(model, ema_decay, swa_start):
+    """
+    A second model that follows the average of a model's weights, or None where neither is asked for.
+
+    ema_decay: exponential moving average, as in Polyak and Juditsky 1992: average <- d average + (1 - d) weights.
+               In its first n updates d is at most (1 + n) / (10 + n), so that the untrained weights are soon forgotten.
+    swa_start: the plain mean from that step on (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407).
+    """
+    if not ema_decay and not swa_start:
+        return None
+
+    def ema(averages, weights, n):
+        torch._foreach_lerp_(averages, weights, 1 - min(ema_decay, float((1 + n) / (10 + n))))
+
+    average = AveragedModel(model, multi_avg_fn=ema if ema_decay else get_swa_multi_avg_fn())
+    average.kind = 'ema' if ema_decay else 'swa'
+    return average.requires_grad_(False)
+
+
+def state(average):
+    """What a checkpoint keeps of a running average; nothing before its first update."""
+    if average is None or not average.n_averaged:
+        return {}
+    return {average.kind: average.module.state_dict(), 'n_averaged': int(average.n_averaged)}
+
+
+def restore(average, saved):
+    """Go on with the average of a checkpoint; where it has none of this kind, begin at its weights."""
+    if average is not None:
+        has_one = average.kind in saved
+        average.module.load_state_dict(saved[average.kind if has_one else 'model'])
+        average.n_averaged.fill_(saved['n_averaged'] if has_one else 0)
+
+
+def mean(paths, shares):
+    """
+    The weighted mean of the raw weights of checkpoints, {name: tensor}; the shares add up to 1. Each file is read
+    once, a piece at a time, summed in float64 and compared with its checksums on the way: the memory taken is that of
+    the result, however many there are. Raises checkpoints.Damaged, and ValueError where a weight is not finite.
+    """
+    opened = [checkpoints.open_lazily(path) for path in paths]
+    result, by_place, checks = {}, {}, []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib computes without Python's lock, beside the sums
+        for name in opened[0][0]['model']:
+            tensors = [checkpoint['model'][name] for checkpoint, _ in opened]
+            place = tuple(tensor.data_ptr() for tensor in tensors)
+            if place not in by_place:  # the output layer is the token embedding: one tensor under two names
+                checks += [pool.submit(checkpoints.check_tensor, path, tensor, sums)
+                           for path, tensor, (_, sums) in zip(paths, tensors, opened)]
+                by_place[place] = weighted_sum(tensors, shares)
+            result[name] = by_place[place]
+        for check in checks:
+            check.result()
+    for name in result:
+        if not checkpoints.is_finite(result[name]):
+            bad = [path for path, (one, _) in zip(paths, opened) if not checkpoints.is_finite(one['model'][name])]
+            raise ValueError(f'{bad[0] if bad else "the mean"}: {name} holds numbers that are not finite')
+    return result
+
+
+def weighted_sum(tensors, shares, piece=1 << 18):
+    """Of tensors of one shape, summed in float64, a piece of 2 MiB at a time."""
+    result = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    total, term = torch.empty(2, piece, dtype=torch.float64)  # made once: thousands of small ones leave holes in memory
+    for i in range(0, result.numel(), piece):
+        n = min(piece, result.numel() - i)
+        total[:n].zero_()
+        for tensor, share in zip(flat, shares):
+            term[:n] = tensor[i:i + n]
+            total[:n].add_(term[:n], alpha=share)
+        result.view(-1)[i:i + n] = total[:n]
+    return result

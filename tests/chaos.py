@@ -1,0 +1,119 @@
+"""
+A run that is killed again and again, at random moments and during saves too, against the same run left alone.
+
+$ python tests/chaos.py --kills=60          some minutes; tests/test_chaos.py does a few
+
+After every kill ckpt.pt must be whole. At the end weights, moments, averages and logged losses must be equal, bit for
+bit.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+from conftest import some_text  # noqa: E402
+
+from kit import checkpoints, overrides  # noqa: E402
+
+# a save at every tenth step, of a model that is large enough for a save to take a good part of the time
+SETTINGS = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=128', '--block_size=16', '--batch_size=4',
+            '--dropout=0.1', '--ema_decay=0.99', '--eval_interval=20', '--eval_iters=1', '--log_interval=1',
+            '--save_interval=10', '--keep_last=3', '--warmup_iters=20', '--device=cpu', '--tensorboard=False']
+
+
+def launch(folder, out_dir, steps):
+    command = [sys.executable, str(TESTS.parent / 'train.py'), *SETTINGS, f'--max_iters={steps}', '--init_from=auto',
+               f'--out_dir={out_dir}']
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def losses(folder):
+    """{step: [loss, lr, norm] and the losses of evaluations} of metrics.jsonl; the last record of a step counts."""
+    found = {}
+    for line in (folder / 'metrics.jsonl').read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        kind = 'step' if 'val/loss' in record else 'iter'
+        found[kind, record['step']] = {key: value for key, value in record.items()
+                                       if key not in ('time', 'time_ms', 'tokens_per_second', 'mfu')}
+    return found
+
+
+def differences(a, b, path=''):
+    """Where two checkpoints differ, bit for bit, but for what tells of the launch."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        keys = (a.keys() | b.keys()) - {'out_dir', 'init_from'}
+        return [d for key in sorted(keys, key=str) for d in differences(a.get(key), b.get(key), f'{path}/{key}')]
+    if isinstance(a, list | tuple):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f'{path}/{i}')]
+    return [] if a == b else [path]
+
+
+def chaos(folder, kills, steps, seed=0):
+    """Returns {'kills', 'during a save', 'launches'}; raises AssertionError where a promise does not hold."""
+    draw = random.Random(seed)
+    (folder / 'data').mkdir()
+    (folder / 'text.txt').write_text(some_text(), encoding='utf-8')
+    subprocess.run([sys.executable, TESTS.parent / 'prepare.py', '--input=text.txt', '--dataset=tiny'], cwd=folder,
+                   check=True, capture_output=True)
+    start = time.time()
+    whole = launch(folder, 'whole', steps)
+    assert whole.wait() == 0, whole.stderr.read()
+    seconds = time.time() - start
+    done = during_a_save = launches = 0
+    out = folder / 'cut'
+    while True:
+        process = launch(folder, 'cut', steps)
+        launches += 1
+        if done == kills:
+            assert process.wait() == 0, process.stderr.read()
+            break
+        log, size = out / 'metrics.jsonl', 0
+        if log.exists():
+            size = log.stat().st_size
+        while process.poll() is None and not (log.exists() and log.stat().st_size > size):
+            time.sleep(0.005)  # until it trains
+        # so that the kills are spread over the whole run
+        time.sleep(draw.uniform(0, 2 * seconds / (kills + 1)) * 0.7)
+        if draw.random() < 0.5:  # half of them wait for a save to begin
+            while process.poll() is None and not (out / '.ckpt.pt.part').exists():
+                time.sleep(0.0005)
+            time.sleep(draw.uniform(0, 0.01))
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read()
+            raise AssertionError(f'the run was over after {done} kills; more --steps')
+        process.kill()
+        process.wait()
+        done += 1
+        during_a_save += (out / '.ckpt.pt.part').exists() or (out / '.ckpt.pt.link').exists()
+        if (out / 'ckpt.pt').exists():
+            checkpoints.load(out / 'ckpt.pt', resume=True)  # ends the script where it is damaged
+    a, b = (torch.load(folder / run / 'ckpt.pt', weights_only=True) for run in ('whole', 'cut'))
+    assert not differences(a, b), differences(a, b)[:9]
+    a, b = losses(folder / 'whole'), losses(out)
+    assert a == b, [key for key in a if a[key] != b.get(key)][:9]
+    assert during_a_save > 0
+    names = [sorted(path.name for path in (folder / run).glob('*.pt')) for run in ('whole', 'cut')]
+    assert names[0] == names[1], names
+    return {'kills': done, 'during a save': during_a_save, 'launches': launches, 'steps': steps}
+
+
+if __name__ == '__main__':
+    kills = 60
+    steps = 6000
+    seed = 0
+    overrides.apply(globals(), ['kills >= 1', 'steps >= 1'])
+    with tempfile.TemporaryDirectory() as folder:
+        print(chaos(Path(folder), kills, steps, seed))
