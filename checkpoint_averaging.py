@@ -1,0 +1,161 @@
+"""
+Average the weights of the last checkpoints of a run: often one better model than any of them, for no training at all.
+
+$ python checkpoint_averaging.py --num_checkpoints 8            the newest 8 of checkpoints/ -> averaged_model.pt there
+$ python checkpoint_averaging.py --checkpoint_dir exp1 --search         how many are best? decided on val
+$ python checkpoint_averaging.py --method=greedy                take in one after the other, keep what helps on val
+$ python train.py --test --checkpoint ./checkpoints/averaged_model.pt
+
+Averages pay after a constant rate; after one that has decayed to nearly nothing the last checkpoints are nearly one.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from kit import averages, checkpoints, corpora, devices, evaluation, overrides, tokens
+from model import GPT, GPTConfig
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+checkpoint_dir = './checkpoints'  # the folder of a run
+num_checkpoints = 5         # how many: those of the highest training steps
+output_name = 'averaged_model.pt'  # written to the same folder
+pattern = '*.pt'            # which files there come into question
+method = 'uniform'          # uniform, linear (of N the newest counts N times) or greedy (a soup, by val loss)
+search = False              # try several numbers, up to all or to num_checkpoints if given; keep the best by val loss
+evaluate = True             # measure the average, best.pt and the newest on val and test
+batch_size = 16             # rows at a time, when measuring
+device = 'auto'             # auto, cpu, cuda, cuda:1, mps: for measuring; the averaging itself runs on the CPU
+dtype = 'auto'              # auto, float32, bfloat16, float16
+
+overrides.apply(globals(), [
+    'num_checkpoints >= 1', 'batch_size >= 1', 'method in ("uniform", "linear", "greedy")',
+    'dtype in ("auto", "float32", "bfloat16", "float16")',
+    'pattern and pattern[0] != "/"  # it is looked for in checkpoint_dir, such as "step_*.pt"',
+    'evaluate or not search and method != "greedy"  # these go by the val loss; leave --evaluate=False out',
+    'not (search and method == "greedy")  # a greedy soup chooses by itself; leave --search out',
+    'output_name and "/" not in output_name  # a name in checkpoint_dir, such as averaged_model.pt',
+    'output_name[-3:] == ".pt" and output_name[0] != "."  # a name that ends in .pt, such as averaged_model.pt',
+])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which: the newest different steps, by the step that stands in the file
+
+folder, output = Path(checkpoint_dir), Path(checkpoint_dir) / output_name
+if not folder.is_dir():
+    overrides.fail(f'checkpoint_dir = {checkpoint_dir!r}: there is no such folder; train first, or name that of a run')
+try:
+    files = sorted(folder.glob(pattern), key=lambda path: (not path.name.startswith('step_'), path.name))
+except (ValueError, IndexError, NotImplementedError) as error:
+    overrides.fail(f'pattern = {pattern!r}: {error}; one like "step_*.pt" is needed')
+last = checkpoints.peek(folder / 'ckpt.pt').get('iter_num', math.inf)  # where the run stands
+paths, checkpoint_of = {}, {}  # by step
+for path in files:
+    try:
+        found, _ = checkpoints.open_lazily(path)
+    except checkpoints.Damaged as error:
+        overrides.fail(f'{error}; leave it out, with --pattern="step_*.pt" or by moving it elsewhere')
+    step = found['iter_num']
+    if 'averaged' in found:
+        print(f'left out: {path.name} is an average')
+    elif step > last:
+        print(f'left out: {path.name} is step {step}, beyond ckpt.pt: of a branch that was given up')
+    elif step in paths:
+        print(f'left out: {path.name} is step {step} again, as {paths[step].name}')
+    else:
+        paths[step], checkpoint_of[step] = path, found
+steps = sorted(paths, reverse=True)
+n_wanted = 1 if search and 'num_checkpoints' not in overrides.given else num_checkpoints
+if len(steps) < n_wanted:
+    there = f'{checkpoint_dir} has {len(steps)} ({", ".join(map(str, steps)) or "none"})'
+    overrides.fail(f'num_checkpoints = {num_checkpoints}: of different steps {there}; take fewer, or train with a '
+                   'smaller --save_interval and a larger --keep_last to have more')
+if (output_name in ('ckpt.pt', 'best.pt') or output_name.startswith('step_')
+        or output.exists() and 'averaged' not in checkpoints.peek(output)):
+    overrides.fail(f'output_name = {output_name!r}: that is a checkpoint of the training; choose another name')
+newest = checkpoint_of[steps[0]]
+chosen = steps if search and n_wanted == 1 else steps[:num_checkpoints]  # the newest first
+with torch.device('meta'):  # the names and shapes of a model, without its memory
+    whole = newest | {'model': GPT(GPTConfig(**newest['model_args'])).state_dict()}
+if difference := checkpoints.first_difference(whole, newest):
+    overrides.fail(f'{paths[steps[0]]} is not whole: {difference}')
+for step in chosen:
+    if difference := checkpoints.first_difference(newest, checkpoint_of[step]):
+        overrides.fail(f'{paths[step]} and {paths[steps[0]]} do not belong together: {difference}; '
+                       'choose with --pattern, or from one run')
+checkpoint_of.clear()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# on what the average is measured: the whole of val and test, as in train.py
+
+if evaluate:
+    dataset = newest.get('config', {}).get('dataset', '')
+    if not dataset:
+        overrides.fail(f'{paths[steps[0]]} does not name its dataset, so nothing can be measured; --evaluate=False')
+    print(f'measured on the dataset {dataset} (--evaluate=False leaves that out)')
+    device = devices.choose_device(device)
+    dtype = devices.choose_dtype(dtype, device)
+    data, meta = tokens.read_dataset(corpora.find_or_prepare(dataset), newest['model_args']['block_size'])
+    checkpoints.check_fit(newest, newest['model_args'], meta)
+    model = GPT(GPTConfig(**newest['model_args'])).to(device)
+
+
+def measure(weights, split='val'):
+    """The loss of weights, {name: tensor}, over the whole of a split."""
+    checkpoints.fill(model, weights)
+    return evaluation.measure(model, data[split], model.config.block_size, batch_size, 0, device, dtype)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the average
+
+
+def average(steps):
+    """The mean of these checkpoints, the newest first."""
+    total = sum(range(1, len(steps) + 1))
+    shares = [(len(steps) - i) / total if method == 'linear' else 1 / len(steps) for i in range(len(steps))]
+    try:
+        return averages.mean([paths[step] for step in steps], shares)
+    except (checkpoints.Damaged, ValueError) as error:
+        overrides.fail(f'{error}; leave it out with --pattern, or take fewer')
+
+
+if search:
+    losses = {}
+    for n in [n for n in (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100) if n <= len(chosen)]:
+        losses[n] = measure(average(steps[:n]))
+        print(f'{n:3} checkpoints: val loss {losses[n]:.4f}')
+    chosen = steps[:min(losses, key=losses.get)]
+elif method == 'greedy':  # Wortsman et al. 2022, arXiv:2203.05482
+    alone = {step: measure(average([step])) for step in chosen}
+    first, *others = sorted(alone, key=alone.get)
+    chosen, lowest = [first], alone[first]
+    for step in others:
+        loss = measure(average([*chosen, step]))
+        print(f'with step {step}: val loss {loss:.4f}, {"taken in" if loss <= lowest else "left out"}')
+        if loss <= lowest:
+            chosen, lowest = [*chosen, step], loss
+
+averaged = {key: newest[key] for key in ('model_args', 'iter_num', 'best_val_loss', 'config', 'meta') if key in newest}
+averaged = {'model': average(chosen), **averaged, 'averaged': {'steps': chosen, 'method': method}}
+checkpoints.save(averaged, folder, [output_name], stop_on_error=True)
+print(f'wrote {output}: the {method} average of {len(chosen)} checkpoints, steps {", ".join(map(str, chosen))}')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what it is worth, beside best.pt and the newest
+
+if evaluate:
+    rows = {output_name: averaged['model'], f'{paths[steps[0]].name} (the newest)': newest['model']}
+    try:
+        best = checkpoints.read(folder / 'best.pt') if (folder / 'best.pt').exists() else None
+        if best and not checkpoints.first_difference(newest, best):
+            kind = next((f', its {kind}' for kind in ('ema', 'swa') if kind in best), '')
+            rows[f'best.pt (step {best["iter_num"]}{kind})'] = checkpoints.weights(best)
+    except checkpoints.Damaged as error:
+        print(f'not compared: {error}')
+    for name, weights in rows.items():
+        found = [f'{split} loss {measure(weights, split):.4f}' for split in ('val', 'test') if split in data]
+        print(f'{", ".join(found)}: {name}')
