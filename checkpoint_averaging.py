@@ -9,7 +9,6 @@ $ python train.py --test --checkpoint ./checkpoints/averaged_model.pt
 Averages pay after a constant rate; after one that has decayed to nearly nothing the last checkpoints are nearly one.
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -47,46 +46,27 @@ overrides.apply(globals(), [
 folder, output = Path(checkpoint_dir), Path(checkpoint_dir) / output_name
 if not folder.is_dir():
     overrides.fail(f'checkpoint_dir = {checkpoint_dir!r}: there is no such folder; train first, or name that of a run')
-try:
-    files = sorted(folder.glob(pattern), key=lambda path: (not path.name.startswith('step_'), path.name))
-except (ValueError, IndexError, NotImplementedError) as error:
-    overrides.fail(f'pattern = {pattern!r}: {error}; one like "step_*.pt" is needed')
-last = checkpoints.peek(folder / 'ckpt.pt').get('iter_num', math.inf)  # where the run stands
-paths, checkpoint_of = {}, {}  # by step
-for path in files:
-    try:
-        found, _ = checkpoints.open_lazily(path)
-    except checkpoints.Damaged as error:
-        overrides.fail(f'{error}; leave it out, with --pattern="step_*.pt" or by moving it elsewhere')
-    step = found['iter_num']
-    if 'averaged' in found:
-        print(f'left out: {path.name} is an average')
-    elif step > last:
-        print(f'left out: {path.name} is step {step}, beyond ckpt.pt: of a branch that was given up')
-    elif step in paths:
-        print(f'left out: {path.name} is step {step} again, as {paths[step].name}')
-    else:
-        paths[step], checkpoint_of[step] = path, found
-steps = sorted(paths, reverse=True)
+found = averages.different_steps(folder, pattern)
+steps, paths = list(found), {step: path for step, (path, _) in found.items()}
 n_wanted = 1 if search and 'num_checkpoints' not in overrides.given else num_checkpoints
 if len(steps) < n_wanted:
-    there = f'{checkpoint_dir} has {len(steps)} ({", ".join(map(str, steps)) or "none"})'
+    there = f'{checkpoint_dir} has {len(steps)} ({", ".join(map(str, steps)) or "none"}) with pattern = {pattern!r}'
     overrides.fail(f'num_checkpoints = {num_checkpoints}: of different steps {there}; take fewer, or train with a '
                    'smaller --save_interval and a larger --keep_last to have more')
 if (output_name in ('ckpt.pt', 'best.pt') or output_name.startswith('step_')
         or output.exists() and 'averaged' not in checkpoints.peek(output)):
     overrides.fail(f'output_name = {output_name!r}: that is a checkpoint of the training; choose another name')
-newest = checkpoint_of[steps[0]]
+newest = found[steps[0]][1]
 chosen = steps if search and n_wanted == 1 else steps[:num_checkpoints]  # the newest first
 with torch.device('meta'):  # the names and shapes of a model, without its memory
     whole = newest | {'model': GPT(GPTConfig(**newest['model_args'])).state_dict()}
 if difference := checkpoints.first_difference(whole, newest):
     overrides.fail(f'{paths[steps[0]]} is not whole: {difference}')
 for step in chosen:
-    if difference := checkpoints.first_difference(newest, checkpoint_of[step]):
+    if difference := checkpoints.first_difference(newest, found[step][1]):
         overrides.fail(f'{paths[step]} and {paths[steps[0]]} do not belong together: {difference}; '
                        'choose with --pattern, or from one run')
-checkpoint_of.clear()
+found.clear()  # and with it all files but the newest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # on what the average is measured: the whole of val and test, as in train.py
@@ -152,10 +132,10 @@ if evaluate:
     try:
         best = checkpoints.read(folder / 'best.pt') if (folder / 'best.pt').exists() else None
         if best and not checkpoints.first_difference(newest, best):
-            kind = next((f', its {kind}' for kind in ('ema', 'swa') if kind in best), '')
-            rows[f'best.pt (step {best["iter_num"]}{kind})'] = checkpoints.weights(best)
+            kind = checkpoints.average_in(best)
+            rows[f'best.pt (step {best["iter_num"]}{f", its {kind}" if kind else ""})'] = checkpoints.weights(best)
     except checkpoints.Damaged as error:
         print(f'not compared: {error}')
     for name, weights in rows.items():
-        found = [f'{split} loss {measure(weights, split):.4f}' for split in ('val', 'test') if split in data]
-        print(f'{", ".join(found)}: {name}')
+        losses = [f'{split} loss {measure(weights, split):.4f}' for split in ('val', 'test') if split in data]
+        print(f'{", ".join(losses)}: {name}')

@@ -253,7 +253,7 @@ def get_lr(step):
 
 def evaluate():
     has_average = average is not None and average.n_averaged > 0
-    evaluated = average.module if has_average else raw_model  # whichever is better worth keeping
+    evaluated = average.module if has_average else raw_model  # best.pt goes by it
     rows = {'val': eval_iters * batch_size, 'train': eval_iters * batch_size or len(data['val']) // block_size}
     figures = {}
     for split in 'train', 'val':

@@ -1,5 +1,7 @@
 """Averages of weights: a running one beside the training (EMA, SWA), and the mean of many checkpoints."""
 
+import glob
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +9,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from kit import checkpoints
+from kit.overrides import fail
 
 
 def running(model, ema_decay, swa_start):
@@ -41,6 +44,31 @@ def restore(average, saved):
         has_one = average.kind in saved
         average.module.load_state_dict(saved[average.kind if has_one else 'model'])
         average.n_averaged.fill_(saved['n_averaged'] if has_one else 0)
+
+
+def different_steps(folder, pattern):
+    """
+    {step: (path, checkpoint)} of the training checkpoints in the folder of a run, by the step inside, the highest
+    first, their tensors still on the disk. Averages, steps that come again and steps beyond ckpt.pt are left out, and
+    it says so. A file that is no whole checkpoint ends the script.
+    """
+    last = checkpoints.peek(folder / 'ckpt.pt').get('iter_num', math.inf)  # where the run stands
+    paths, found = [folder / name for name in glob.glob(pattern, root_dir=folder)], {}
+    for path in sorted(paths, key=lambda path: (not path.name.startswith('step_'), path.name)):
+        try:
+            checkpoint, _ = checkpoints.open_lazily(path)
+        except checkpoints.Damaged as error:
+            fail(f'{error}; leave it out, with --pattern="step_*.pt" or by moving it elsewhere')
+        step = checkpoint['iter_num']
+        if 'averaged' in checkpoint:
+            print(f'left out: {path.name} is an average')
+        elif step > last:
+            print(f'left out: {path.name} is step {step}, beyond ckpt.pt: of a branch that was given up')
+        elif step in found:
+            print(f'left out: {path.name} is step {step} again, as {found[step][0].name}')
+        else:
+            found[step] = path, checkpoint
+    return dict(sorted(found.items(), reverse=True))
 
 
 def mean(paths, shares):

@@ -302,15 +302,20 @@ def read(path, resume=False):
     try:
         verify(path)
         return open_unverified(path, resume)
-    except pickle.UnpicklingError:
-        reason = 'it asks for code, and that is never run'
-    except Damaged as error:
-        reason = error
     except Exception as error:  # torch raises many kinds here, and each means that this file will not do
-        reason = f'{type(error).__name__}: {" ".join(str(error).split())[:80]}'
-        if is_no_damage(error):
-            fail(f'{path} cannot be read: {reason}')
-    raise Damaged(f'{path} is damaged, or no checkpoint of flatGPT or nanoGPT ({reason})')
+        raise damaged(path, error) from None
+
+
+def damaged(path, error):
+    """The Damaged that an error in reading stands for; one that is no fault of the file's ends the script."""
+    reason = f'{type(error).__name__}: {" ".join(str(error).split())[:80]}'
+    if is_no_damage(error):
+        fail(f'{path} cannot be read: {reason}')
+    if isinstance(error, pickle.UnpicklingError):
+        reason = 'it asks for code, and that is never run'
+    elif isinstance(error, Damaged):
+        reason = error
+    return Damaged(f'{path} is damaged, or no checkpoint of flatGPT or nanoGPT ({reason})')
 
 
 def open_unverified(path, resume=False):
@@ -376,11 +381,8 @@ def open_lazily(path):
                         entry.read()
             sums = {(info.file_size, info.CRC) for info in archive.infolist()}
         return open_unverified(path), sums
-    except Exception as error:  # each kind means that this file will not do
-        if is_no_damage(error):
-            fail(f'{path} cannot be read: {type(error).__name__}: {error}')
-        raise Damaged(f'{path} is damaged, or no checkpoint of flatGPT or nanoGPT ({type(error).__name__}: '
-                      f'{" ".join(str(error).split())[:80]})') from None
+    except Exception as error:
+        raise damaged(path, error) from None
 
 
 def check_tensor(path, tensor, sums):
@@ -419,9 +421,14 @@ def check_form(checkpoint, resume):
         check_meta(checkpoint['meta'])
 
 
+def average_in(checkpoint):
+    """'ema' or 'swa', where a checkpoint has such weights beside the raw ones; else None."""
+    return next((kind for kind in ('ema', 'swa') if kind in checkpoint), None)
+
+
 def weights(checkpoint, which='auto'):
     """Its weights: raw, ema or swa; auto takes the average where it has one."""
-    average = next((kind for kind in ('ema', 'swa') if kind in checkpoint), None)
+    average = average_in(checkpoint)
     if which not in ('auto', 'raw', average):
         fail(f'weights = {which!r}: this checkpoint has raw{f" and {average}" if average else ""} weights')
     return checkpoint['model' if which == 'raw' or not average else average]
