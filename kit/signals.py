@@ -23,7 +23,7 @@ since = 0.0  # when the last SIGINT came
 def listen():
     """From here on signals are noted, not obeyed at once. What nohup has turned off stays off."""
     for word in WORDS[1:]:
-        if hasattr(signal, word) and (word == 'SIGUSR1' or signal.getsignal(getattr(signal, word)) != signal.SIG_IGN):
+        if hasattr(signal, word) and (word != 'SIGHUP' or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN):
             signal.signal(getattr(signal, word), note)
 
 
