@@ -11,7 +11,7 @@ train: .venv/ready
 
 test: .venv/ready-dev
 	.venv/bin/python -m ruff check .
-	.venv/bin/python -m pytest tests
+	.venv/bin/python -m pytest -n 2 tests
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('flatGPT needs Python 3.11 or newer; make PYTHON=python3.12 chooses one')"

@@ -8,18 +8,22 @@ bit.
 """
 
 import json
+import multiprocessing
+import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-
+os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: threads would not come along into a fork
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-from conftest import some_text  # noqa: E402
+import torch  # noqa: E402
+import zygote  # noqa: E402
+from conftest import OF_THE_MACHINE, some_text  # noqa: E402
 
 from kit import checkpoints, overrides  # noqa: E402
 
@@ -30,9 +34,22 @@ SETTINGS = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=128', '--bl
 
 
 def launch(folder, out_dir, steps):
-    command = [sys.executable, str(TESTS.parent / 'train.py'), *SETTINGS, f'--max_iters={steps}', '--init_from=auto',
-               f'--out_dir={out_dir}']
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    """train.py in a process of its own, forked from this one, which has imported torch already."""
+    args = [*SETTINGS, f'--max_iters={steps}', '--init_from=auto', f'--out_dir={out_dir}']
+    job = dict(script=str(TESTS.parent / 'train.py'), args=args, cwd=str(folder), env=dict(os.environ),
+               stdout=os.devnull, stderr=str(folder / 'stderr'))
+    process = multiprocessing.get_context('fork').Process(target=zygote.run, args=[job])
+    process.start()
+    return process
+
+
+def end(process, folder):
+    process.join()
+    assert process.exitcode == 0, (folder / 'stderr').read_text()
+
+
+def last_step(log):
+    return int(re.findall(r'^{"step": (\d+),', log.read_text(), re.M)[-1])
 
 
 def losses(folder):
@@ -45,7 +62,7 @@ def losses(folder):
             continue
         kind = 'step' if 'val/loss' in record else 'iter'
         found[kind, record['step']] = {key: value for key, value in record.items()
-                                       if key not in ('time', 'time_ms', 'tokens_per_second', 'mfu')}
+                                       if key not in OF_THE_MACHINE}
     return found
 
 
@@ -68,34 +85,34 @@ def chaos(folder, kills, steps, seed=0):
     (folder / 'text.txt').write_text(some_text(), encoding='utf-8')
     subprocess.run([sys.executable, TESTS.parent / 'prepare.py', '--input=text.txt', '--dataset=tiny'], cwd=folder,
                    check=True, capture_output=True)
-    start = time.time()
-    whole = launch(folder, 'whole', steps)
-    assert whole.wait() == 0, whole.stderr.read()
-    seconds = time.time() - start
+    end(launch(folder, 'whole', steps), folder)
     done = during_a_save = launches = 0
     out = folder / 'cut'
     while True:
         process = launch(folder, 'cut', steps)
         launches += 1
         if done == kills:
-            assert process.wait() == 0, process.stderr.read()
+            end(process, folder)
             break
         log, size = out / 'metrics.jsonl', 0
         if log.exists():
             size = log.stat().st_size
-        while process.poll() is None and not (log.exists() and log.stat().st_size > size):
+        while process.exitcode is None and not (log.exists() and log.stat().st_size > size):
             time.sleep(0.005)  # until it trains
-        # so that the kills are spread over the whole run
-        time.sleep(draw.uniform(0, 2 * seconds / (kills + 1)) * 0.7)
+        # so that the kills are spread over the whole run, on a machine that is faster now and slower then
+        step = steps * (done + draw.random()) / (kills + 1)
+        while process.exitcode is None and last_step(log) < step:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.02))
         if draw.random() < 0.5:  # half of them wait for a save to begin
-            while process.poll() is None and not (out / '.ckpt.pt.part').exists():
+            while process.exitcode is None and not (out / '.ckpt.pt.part').exists():
                 time.sleep(0.0005)
             time.sleep(draw.uniform(0, 0.01))
-        if process.poll() is not None:
-            assert process.returncode == 0, process.stderr.read()
+        if process.exitcode is not None:
+            end(process, folder)
             raise AssertionError(f'the run was over after {done} kills; more --steps')
         process.kill()
-        process.wait()
+        process.join()
         done += 1
         during_a_save += (out / '.ckpt.pt.part').exists() or (out / '.ckpt.pt.link').exists()
         if (out / 'ckpt.pt').exists():

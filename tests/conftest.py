@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_
         '--eval_interval=5', '--log_interval=1', '--save_interval=5', '--max_iters=10', '--warmup_iters=2',
         '--device=cpu', '--tensorboard=False']
 
+# figures of metrics.jsonl that differ between two runs of the same steps
+OF_THE_MACHINE = ('time', 'time_ms', 'data_ms', 'tokens_per_second', 'mfu', 'system/cpu_memory_gib',
+                  'system/cpu_free_gib', 'system/cpu_percent')
+
 
 @dataclass
 class Result:
@@ -40,6 +45,19 @@ def zygote():
     process.wait()
 
 
+def launch_all(zygote, folder, script, args, cwd, envs):
+    """The script run by the zygote, once for each of envs, side by side; the first status that is not 0 counts."""
+    out, err = [[folder / f'.{name}.{i}' for i in range(len(envs))] for name in ('stdout', 'stderr')]
+    zygote.stdin.write(json.dumps([dict(script=script, args=[str(a) for a in args], cwd=str(cwd), env=env,
+                                        stdout=str(o), stderr=str(e)) for env, o, e in zip(envs, out, err)]) + '\n')
+    zygote.stdin.flush()
+    statuses = [int(word) for word in zygote.stdout.readline().split()]
+    texts = [''.join(path.read_text(encoding='utf-8') for path in paths) for paths in (out, err)]
+    for path in out + err:
+        path.unlink()
+    return Result(next(filter(None, statuses), 0), *texts)
+
+
 @pytest.fixture
 def run(zygote, tmp_path):
     """run('train.py', '--max_iters=3', cwd=..., env={...}) -> Result. Without cwd, in this test's own folder."""
@@ -50,15 +68,7 @@ def run(zygote, tmp_path):
             done = subprocess.run([sys.executable, script, *map(str, args)], cwd=cwd, env=env, text=True,
                                   capture_output=True, encoding='utf-8', stdin=subprocess.DEVNULL)
             return Result(done.returncode, done.stdout, done.stderr)
-        out, err = tmp_path / '.stdout', tmp_path / '.stderr'
-        job = dict(script=script, args=[str(a) for a in args], cwd=str(cwd), env=env, stdout=str(out), stderr=str(err))
-        zygote.stdin.write(json.dumps(job) + '\n')
-        zygote.stdin.flush()
-        status = int(zygote.stdout.readline())
-        result = Result(status, out.read_text(encoding='utf-8'), err.read_text(encoding='utf-8'))
-        out.unlink()
-        err.unlink()
-        return result
+        return launch_all(zygote, tmp_path, script, args, cwd, [env])
     return launch
 
 
@@ -72,14 +82,49 @@ def some_text(n_chars=20_000, seed=0):
     return text[:n_chars]
 
 
-@pytest.fixture
-def tiny(run, tmp_path):
-    """A folder with data/tiny, made by prepare.py from some text."""
-    (tmp_path / 'data').mkdir()
-    (tmp_path / 'text.txt').write_text(some_text(), encoding='utf-8')
-    result = run('prepare.py', '--input=text.txt', '--dataset=tiny')
+@pytest.fixture(scope='session')
+def templates(zygote, tmp_path_factory):
+    """
+    {name: folder} for the fixtures of these names to copy, since making them takes a second: 'tiny' has data/tiny,
+    'trained' a run in checkpoints/ too.
+    """
+    folders = {name: tmp_path_factory.mktemp(name) for name in ('tiny', 'trained')}
+    launch = run.__wrapped__(zygote, folders['tiny'])
+    (folders['tiny'] / 'data').mkdir()
+    (folders['tiny'] / 'text.txt').write_text(some_text(), encoding='utf-8')
+    result = launch('prepare.py', '--input=text.txt', '--dataset=tiny')
     assert result.status == 0, result.err
+    copy_folder(folders['tiny'], folders['trained'])
+    result = launch('train.py', '--dataset=tiny', *TINY, cwd=folders['trained'])
+    assert result.status == 0, result.err
+    return folders
+
+
+def copy_folder(source, target):
+    """As it is: what is one file under several names, as ckpt.pt and best.pt can be, stays one."""
+    copies = {}
+
+    def link_or_copy(path, copy):
+        file = os.stat(path).st_ino
+        if file in copies:
+            os.link(copies[file], copy)
+        else:
+            copies[file] = shutil.copy2(path, copy)
+    shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def tiny(templates, tmp_path):
+    """A folder with data/tiny, made by prepare.py from some text."""
+    copy_folder(templates['tiny'], tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def trained(templates, tiny):
+    """checkpoints/ in tiny, with a run of ten steps that train.py has made with the TINY settings."""
+    copy_folder(templates['trained'] / 'checkpoints', tiny / 'checkpoints')
+    return tiny / 'checkpoints'
 
 
 @pytest.fixture
@@ -113,6 +158,26 @@ def torchrun(folder, *args, script=HOUSE / 'train.py'):
     env = os.environ | {'OMP_NUM_THREADS': '1'}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def pair(zygote, tiny):
+    """
+    pair('--max_iters=3') -> Result: what torchrun() does, in a second instead of ten. The zygote runs both, in the
+    environment that torchrun gives to its workers. What is about torchrun itself, or how it ends them, goes through it.
+    """
+    def launch(*args, script=HOUSE / 'train.py'):
+        if not hasattr(os, 'fork'):
+            return torchrun(tiny, *args, script=script)
+        from torch.distributed import TCPStore
+        store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)  # where they meet; any free port
+        env = os.environ | {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(store.port),
+                            'TORCHELASTIC_USE_AGENT_STORE': 'True'}
+        envs = [env | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(2)]
+        result = launch_all(zygote, tiny, str(script), ['--dataset=tiny', *TINY, *args], tiny, envs)
+        assert 'processes: 2 ' in result.out, result.err
+        return result
+    return launch
 
 
 def losses(result):

@@ -7,16 +7,27 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import HOUSE, TINY
+from conftest import HOUSE, TINY, copy_folder
+from conftest import run as run_of_conftest
 
 from kit import averages, checkpoints, evaluation, tokens
 from model import GPT, GPTConfig
 
 
+@pytest.fixture(scope='module')
+def ten(zygote, templates, tmp_path_factory):
+    """Made once, for folder to copy."""
+    made = tmp_path_factory.mktemp('ten')
+    copy_folder(templates['tiny'], made)
+    args = [*TINY, '--max_iters=20', '--save_interval=2', '--decay_lr=False']
+    assert run_of_conftest.__wrapped__(zygote, made)('train.py', '--dataset=tiny', *args).status == 0
+    return made / 'checkpoints'
+
+
 @pytest.fixture
-def folder(train, tiny):
+def folder(ten, tiny):
     """Ten checkpoints, as plain train.py leaves them: step_0000002.pt ... step_0000020.pt, best.pt, ckpt.pt."""
-    assert train('--max_iters=20', '--save_interval=2', '--decay_lr=False').status == 0
+    copy_folder(ten, tiny / 'checkpoints')
     return tiny / 'checkpoints'
 
 

@@ -54,7 +54,6 @@ def one_line(result, named):
     (['--test', '--checkpoint=other.pt'], ['other.pt', 'no checkpoint']),
     (['--test', '--checkpoint=hostile.pt'], ['hostile.pt', 'no checkpoint']),
     (['--test', '--checkpoint=data'], ['data', 'no checkpoint']),
-    (['--wandb_log'], ['wandb_log', 'pip install wandb']),
 ])
 def test_train(train, tiny, args, named):
     (tiny / 'typo.py').write_text('batch_sise = 8\n')
@@ -95,8 +94,7 @@ def test_values_of_real_recipes_pass(train, args):
     (['--learning_rate=-1'], ['learning_rate = -1']),
     (['--min_lr=0.5'], ['min_lr = 0.5', 'learning_rate']),
 ])
-def test_resume_with_what_does_not_fit(train, run, tiny, change, named):
-    train()
+def test_resume_with_what_does_not_fit(run, tiny, trained, change, named):
     (tiny / 'other.txt').write_text('0123456789 \u00e4\u00f6\n' * 500)
     assert run('prepare.py', '--input=other.txt', '--dataset=other').status == 0
     before = sorted(tiny.rglob('*'))
@@ -122,13 +120,12 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize('change', FOREIGN)
-def test_foreign_checkpoints(train, run, tiny, change):
-    train('--max_iters=1')
-    path = tiny / 'checkpoints/ckpt.pt'
+def test_foreign_checkpoints(train, run, trained, change):
+    path = trained / 'ckpt.pt'
     saved = torch.load(path, weights_only=True)
     FOREIGN[change](saved)
-    for name in 'ckpt.pt', 'best.pt':  # the one that would be taken instead
-        (tiny / 'checkpoints' / name).unlink()
+    for other in trained.glob('*.pt'):  # which would be taken instead
+        other.unlink()
     torch.save(saved, path)
     one_line(train('--init_from=resume'), ['train.py: '])
     if change not in ('no optimizer', 'no best_val_loss'):
@@ -136,11 +133,10 @@ def test_foreign_checkpoints(train, run, tiny, change):
         one_line(train('--test', f'--checkpoint={path}'), ['train.py: '])
 
 
-def test_checkpoints_cut_short(train, tiny):
+def test_checkpoints_cut_short(train, trained):
     """All of them: ckpt.pt, best.pt and step_0000010.pt are one file, and one other is left."""
-    train()
     for name in 'ckpt.pt', 'step_0000005.pt':
-        path = tiny / 'checkpoints' / name
+        path = trained / name
         path.write_bytes(path.read_bytes()[:-1000])
     one_line(train('--init_from=resume'), ['ckpt.pt', 'damaged', 'no other checkpoint'])
 
@@ -167,8 +163,7 @@ def test_unwritable_folder(train, tiny):
     (['--device=cuda:9'], ['cuda:9']),
     (['--stpo=x'], ['stpo', 'stop']),
 ])
-def test_sample(train, run, tiny, args, named):
-    train('--max_iters=1')
+def test_sample(run, tiny, trained, args, named):
     (tiny / 'empty.txt').touch()
     one_line(run('sample.py', *args), named)
 

@@ -182,7 +182,7 @@ def test_the_newest_before_a_step(tmp_path):
     flip(tmp_path / 'step_0000010.pt')
     for step, expected in (16, 15), (15, 5), (6, 5):
         assert checkpoints.before(tmp_path, step)[1]['iter_num'] == expected
-    assert checkpoints.before(tmp_path, 5) == checkpoints.before(tmp_path / 'elsewhere', 9) == (None, None)
+    assert checkpoints.before(tmp_path, 5) == checkpoints.before(tmp_path / 'elsewhere', 9) == (None, {})
     assert checkpoints.exist(tmp_path) and not checkpoints.exist(tmp_path / 'elsewhere')
 
 

@@ -68,9 +68,15 @@ def test_python_docs(run, tmp_path):
     for document in documents.values():
         if len(document) > 3000:
             assert sum(document in part for part in parts.values()) == 1
-    before = meta['files']
-    assert run('prepare.py', 'python_docs', '--overwrite').status == 0
-    assert tokens.read_meta(folder)['files'] == before
+    encoded, _, _ = corpora.encode(corpora.split_documents(list(documents.items())), 'char')
+    assert all(np.array_equal(encoded[split], ids(folder, split)) for split in parts)
+
+
+def test_overwrite(run, tiny):
+    (tiny / 'other.txt').write_text('another text\n' * 1000)
+    assert run('prepare.py', '--input=other.txt', '--dataset=tiny', '--overwrite').status == 0
+    data, meta = tokens.read_dataset(tiny / 'data/tiny')
+    assert meta['vocab_size'] == 10 and len(data['train']) == 11_700
 
 
 def test_a_missing_small_dataset_is_prepared(run, tmp_path):

@@ -17,12 +17,6 @@ import torch
 from kit import checkpoints, tokens
 
 
-@pytest.fixture
-def folder(train, tiny):
-    assert train().status == 0
-    return tiny / 'checkpoints'
-
-
 def equal(a, b):
     """The same types, numbers and tensors, all the way down."""
     if isinstance(a, torch.Tensor):
@@ -34,12 +28,12 @@ def equal(a, b):
     return type(a) is type(b) and a == b
 
 
-def test_300_flipped_bits_and_cut_ends(folder, capsys):
+def test_300_flipped_bits_and_cut_ends(trained, capsys):
     """Of ckpt.pt; where one is found, the one before is taken."""
-    path = folder / 'ckpt.pt'
+    path = trained / 'ckpt.pt'
     sound, expected = path.read_bytes(), torch.load(path, weights_only=True)
     for name in 'best.pt', 'step_0000010.pt':  # the same file as ckpt.pt
-        (folder / name).unlink()
+        (trained / name).unlink()
     draw = random.Random(0)
     found = harmless = 0
     with zipfile.ZipFile(path) as archive:  # the structure is a small part of the file: aim at it half of the time
@@ -54,7 +48,7 @@ def test_300_flipped_bits_and_cut_ends(folder, capsys):
             data[here] ^= 1 << draw.randrange(8)
         path.unlink()
         path.write_bytes(data)
-        taken, checkpoint = checkpoints.newest(folder)
+        taken, checkpoint = checkpoints.newest(trained)
         if taken == path:
             harmless += 1
             assert equal(checkpoint, expected)
@@ -65,9 +59,9 @@ def test_300_flipped_bits_and_cut_ends(folder, capsys):
     assert found > 150 and harmless > 0
 
 
-def test_a_tensor_marked_as_a_folder(folder):
+def test_a_tensor_marked_as_a_folder(trained):
     """One bit of the archive's directory, which has no checksum: torch would read the tensor as zeros."""
-    path = folder / 'ckpt.pt'
+    path = trained / 'ckpt.pt'
     data = bytearray(path.read_bytes())
     entry = data.index(b'PK\x01\x02', data.index(b'PK\x01\x02') + 100)
     while b'/data/' not in data[entry:entry + 70]:
@@ -80,16 +74,16 @@ def test_a_tensor_marked_as_a_folder(folder):
             read(path)
 
 
-def test_the_run_goes_on_from_the_one_before(train, tiny, folder):
-    whole = (folder / 'ckpt.pt').read_bytes()
-    with open(folder / 'ckpt.pt', 'r+b') as file:  # in place, so that best.pt and step_0000010.pt are hit too
+def test_the_run_goes_on_from_the_one_before(train, tiny, trained):
+    whole = (trained / 'ckpt.pt').read_bytes()
+    with open(trained / 'ckpt.pt', 'r+b') as file:  # in place, so that best.pt and step_0000010.pt are hit too
         file.seek(len(whole) // 2)
         file.write(bytes([whole[len(whole) // 2] ^ 4]))
     result = train('--init_from=resume')
     assert result.status == 0, result.err
     assert 'WARNING: checkpoints/ckpt.pt is damaged' in result.out and 'step_0000005.pt, after 5 steps' in result.out
     assert 'step_0000010.pt: not of the run that goes on from step 5; moved to checkpoints/later.1' in result.out
-    ours, theirs = torch.load(folder / 'ckpt.pt', weights_only=True), torch.load(io.BytesIO(whole), weights_only=True)
+    ours, theirs = torch.load(trained / 'ckpt.pt', weights_only=True), torch.load(io.BytesIO(whole), weights_only=True)
     assert equal(ours['model'], theirs['model']) and equal(ours['optimizer'], theirs['optimizer'])
 
 

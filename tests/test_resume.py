@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import HOUSE, TINY, hooked_script, losses, records, torchrun
+from conftest import HOUSE, OF_THE_MACHINE, TINY, hooked_script, losses, records, torchrun
 
 # sends the process a signal in the middle of a step
 SEND = ('import os, signal\nfrom kit import batches\nsound, SIGNAL = batches.torch_seed, signal.{name}\n'
@@ -62,7 +62,7 @@ def test_resume_is_the_uninterrupted_run(train, hooked, tiny, args):
     assert names == sorted(path.name for path in (tiny / 'cut').glob('*.pt'))
     for name in names:
         assert same(*(torch.load(tiny / run / name, weights_only=True) for run in ('whole', 'cut')))
-    figures = [[{k: v for k, v in record.items() if k not in ('time', 'time_ms', 'tokens_per_second', 'mfu')}
+    figures = [[{k: v for k, v in record.items() if k not in OF_THE_MACHINE}
                 for record in records(tiny / run)] for run in ('whole', 'cut')]
     assert figures[0] == figures[1]
 
@@ -76,15 +76,15 @@ def test_float16_with_its_scaler(train, hooked, tiny):
     assert same(whole, cut) and whole['scaler']['scale'] > 0
 
 
-def test_two_processes_are_resumed(tiny):
+def test_two_processes_are_resumed(pair, tiny):
     args = '--gradient_accumulation_steps=2', '--dropout=0.2', '--ema_decay=0.9'
-    assert torchrun(tiny, *args, '--out_dir=whole').status == 0
+    assert pair(*args, '--out_dir=whole').status == 0
     # the signal reaches only the second of them; both stop, at the same step
     send = SEND.format(step=4, name='SIGTERM').replace('\n', '\n    ')
     code = f'import os\nif os.environ["RANK"] == "1":\n    {send}'
     stopped = torchrun(tiny, *args, '--out_dir=cut', script=hooked_script(tiny, code))
     assert stopped.status != 0 and 'SIGTERM: stopped after 5 steps' in stopped.out, stopped.out + stopped.err
-    assert torchrun(tiny, '--init_from=resume', '--out_dir=cut').status == 0
+    assert pair('--init_from=resume', '--out_dir=cut').status == 0
     assert same(*(torch.load(tiny / run / 'ckpt.pt', weights_only=True) for run in ('whole', 'cut')))
 
 
@@ -175,13 +175,12 @@ def test_on_another_text(train, run, tiny):
     (lambda saved: saved['config'].update(learning_rate='fast'), 'learning_rate of the checkpoint'),
     (lambda saved: saved['model_args'].update(n_head=5), 'n_head = 5'),
 ])
-def test_states_that_make_no_sense(run, train, tiny, change, named):
-    train('--max_iters=1')
-    saved = torch.load(tiny / 'checkpoints/ckpt.pt', weights_only=True)
-    for path in (tiny / 'checkpoints').glob('*.pt'):
+def test_states_that_make_no_sense(run, trained, change, named):
+    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    for path in trained.glob('*.pt'):
         path.unlink()
     change(saved)
-    torch.save(saved, tiny / 'checkpoints/ckpt.pt')
+    torch.save(saved, trained / 'ckpt.pt')
     result = run('train.py', '--init_from=resume', '--dataset=tiny', '--device=cpu')
     assert result.status == 2 and result.err.count('\n') == 1 and named in result.err, result.err
 
@@ -199,9 +198,8 @@ def test_generators_of_code_that_somebody_adds(hooked, tiny):
     assert drawn(first) + drawn(second) == drawn(whole) and len(drawn(whole)) == 10
 
 
-def test_ranks_take_what_rank_0_takes(tiny):
+def test_ranks_take_what_rank_0_takes(tiny, trained):
     """Rank 1 finds ckpt.pt damaged where rank 0 does not: it says so, and does not train on from elsewhere."""
-    assert torchrun(tiny, '--gradient_accumulation_steps=2').status == 0
     code = ('import os\nfrom kit import checkpoints\nSOUND_READ = checkpoints.read\n'
             'def read(path, resume=False):\n'
             '    if os.environ["RANK"] == "1": raise checkpoints.Damaged(f"{path} is damaged, here")\n'
@@ -218,8 +216,7 @@ def test_what_rank_0_finds_wrong_is_told_once(tiny):
     assert 'Connection closed' not in result.err
 
 
-def test_a_finished_run_is_left_alone(train, tiny):
-    train()
+def test_a_finished_run_is_left_alone(train, tiny, trained):
     before = (tiny / 'checkpoints/ckpt.pt').stat().st_mtime_ns
     result = train('--init_from=resume')
     assert result.status == 0 and 'all 10 steps are made; a higher --max_iters goes on' in result.out
@@ -258,9 +255,8 @@ def test_a_new_run_from_weights(train, run, tiny):
     (['--max_bad_steps=-1'], ['max_bad_steps']),
     (['--ema_decay=0.9', '--swa_start=3'], ['ema_decay', 'swa_start', 'one average']),
 ])
-def test_what_will_not_do(train, run, tiny, args, named):
+def test_what_will_not_do(run, tiny, trained, args, named):
     (tiny / 'text.pt').write_text('no archive')
-    train('--max_iters=1')
     before = sorted(tiny.rglob('*'))
     result = run('train.py', '--dataset=tiny', '--device=cpu', *args)
     assert result.status == 2 and result.err.count('\n') == 1, result.err

@@ -116,11 +116,10 @@ def test_the_same_step_however_it_is_cut(train, tiny):
     assert list(losses(two).values()) == pytest.approx(list(losses(whole).values()), abs=1e-4)
 
 
-def test_two_processes_evaluate_as_one(train, tiny):
-    """eval_only under torchrun: the same windows, the same sums."""
-    train()
+def test_two_processes_evaluate_as_one(train, pair, trained):
+    """eval_only as two processes: the same windows, the same sums."""
     one = train('--init_from=resume', '--eval_only', '--eval_iters=0')
-    two = torchrun(tiny, '--gradient_accumulation_steps=2', '--init_from=resume', '--eval_only', '--eval_iters=0')
+    two = pair('--gradient_accumulation_steps=2', '--init_from=resume', '--eval_only', '--eval_iters=0')
     assert two.status == 0, two.err
     assert evaluations(one)[10] == pytest.approx(evaluations(two)[10], abs=1e-4)
     assert two.out.count('step 10') == 1
@@ -235,8 +234,7 @@ def test_heads_are_derived(train, tiny):
         assert saved['model_args']['n_head'] == heads and saved['config']['n_head'] == 0
 
 
-def test_the_test_split(train, tiny):
-    train()
+def test_the_test_split(train, trained):
     result = train('--test')
     assert result.status == 0 and 'checkpoints/best.pt' in result.out
     words = next(line for line in result.out.splitlines() if line.startswith('test loss')).split()
@@ -260,9 +258,8 @@ def test_epochs_are_shown(train, tiny):
     assert re.search(rf'^iter 9: .*, epoch {20 / 19:.2f}$', result.out, re.M)
 
 
-def test_another_precision_on_resume(train, tiny):
+def test_another_precision_on_resume(train, trained):
     """A run in float32 has no state of a loss scaler; it goes on in float16 all the same."""
-    train()
     result = train('--init_from=resume', '--dtype=float16', '--max_iters=12')
     assert result.status == 0 and list(losses(result)) == [10, 11], result.err
 
