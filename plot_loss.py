@@ -1,36 +1,77 @@
 """
-Draw the loss curves of runs from their logs.
+Draw the loss curves of runs, and say what they show.
 
-$ python plot_loss.py                                       the newest run -> loss_curve.png in its folder
+$ python plot_loss.py                                       the newest run here -> loss_curve.png in its folder
 $ python plot_loss.py exp1_baseline exp1_large_lr           several runs -> comparison.png here
+$ python plot_loss.py nanogpt.log --x=tokens                logs will do, nanoGPT's too
+$ python plot_loss.py exp1_baseline --layers                the gradients by layer as well -> layers.png
 """
 
 from pathlib import Path
 
-from kit import overrides, pictures, runlogs
+from kit import diagnosis, overrides, pictures, runlogs
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings; the bare words are runs: their folders, or logs
+
+x = 'steps'                 # what the curves run over: steps, tokens, time
+layers = False              # draw the gradient norm by layer too, as a heat map
+show = False                # open the pictures in a window
 
 runs = []
-overrides.apply(globals(), operands=runs)
+overrides.apply(globals(), ['x in ("steps", "tokens", "time")'], operands=runs)
 
-logs = [Path(run) / 'training.log' if Path(run).is_dir() else Path(run) for run in runs]
-if not logs:
-    logs = sorted(Path().glob('*/training.log'), key=lambda path: path.stat().st_mtime)[-1:]
+# ---------------------------------------------------------------------------------------------------------------------
+# read them all before anything is written
+
+if not runs:
+    logs = [log for name in ('metrics.jsonl', 'training.log') for log in [*Path().glob(name), *Path().glob(f'*/{name}')]
+            if log.is_file() and log.stat().st_size]
     if not logs:
-        overrides.fail('no folder here holds a training.log; train first, or name the folder of a run')
-for log in logs:
-    if not log.is_file():
-        overrides.fail(f'{log}: there is no such log')
-names = [log.parent.name if log.name == 'training.log' else log.stem for log in logs]
+        overrides.fail('no folder here holds a run; train first, or name the folder of a run')
+    runs = [str(max(logs, key=lambda log: log.stat().st_mtime).parent)]
+paths = list(dict.fromkeys(map(Path, runs)))
+names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
 if len(set(names)) < len(names):
-    names = [str(log) for log in logs]
-curves = [runlogs.read(log) for log in logs]
+    names = [str(path) for path in paths]
+histories = dict(zip(names, map(runlogs.read, paths)))
 
-path = logs[0].parent / 'loss_curve.png' if len(logs) == 1 else Path('comparison.png')
+for name, history in histories.items():
+    if x == 'tokens' and not history.facts.get('tokens_per_step'):
+        overrides.fail(f'x = tokens: {name} does not say how many tokens its steps have; --x=steps goes with every run')
+    if x == 'time' and not len(history.get('time')[0]):
+        overrides.fail(f'x = time: {name} does not say how long its steps took; --x=steps goes with every run')
+    if layers and not any(figure.startswith('grad_norm/') and len(history.get(figure)[0]) for figure in history.series):
+        overrides.fail(f'layers: {name} has no gradient norms by layer; they are in the metrics.jsonl of a run')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# draw: beside the run, or where we are if there are several
+
+is_shown = show and pictures.has_screen()
+folder = paths[0] if paths[0].is_dir() else paths[0].parent
 try:
-    if len(logs) == 1:
-        pictures.loss_curve(curves[0], names[0], path)
+    if len(paths) == 1:
+        path = folder / 'loss_curve.png'
+        pictures.loss_curve(histories[names[0]], names[0], path, x, is_shown)
     else:
-        pictures.comparison(dict(zip(names, curves)), path)
+        folder, path = Path(), Path('comparison.png')
+        pictures.comparison(histories, path, x, is_shown)
+    print(f'wrote {path}')
+    if layers:
+        path = folder / 'layers.png'
+        pictures.layers(histories, path, x, is_shown)
+        print(f'wrote {path}')
 except OSError as error:
     overrides.fail(f'{path} cannot be written: {error.strerror}')
-print(f'wrote {path}')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what they show, in words
+
+for name, history in histories.items():
+    print(f'\n{name}')
+    for line in diagnosis.verdict(history):
+        print(f'  {line}')
+if is_shown:
+    pictures.show_windows()
+elif show:
+    print('\nno window: matplotlib finds no screen here; the pictures are in the files')

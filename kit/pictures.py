@@ -1,40 +1,470 @@
-"""Every picture of the house. matplotlib is imported when one is drawn."""
+"""
+Every picture of the house. matplotlib is imported when one is drawn.
+
+Each writes itself to a path, or without one is returned as uint8 (height, width, 3). With show=True it can be looked
+at in a window too, once show_windows() is called. x is what the panels run over: steps, tokens or time.
+"""
+
+import math
+import warnings
+from contextlib import contextmanager
+
+import numpy as np
+
+# Okabe and Ito's colours, which colour-blind eyes tell apart; markers tell apart the runs that share a colour
+COLORS = ['#0072B2', '#D55E00', '#009E73', '#E69F00', '#CC79A7', '#56B4E9', '#000000']
+MARKERS = 'o^sDvPX'
+TRAIN, VAL, *_ = COLORS
+FAINT, DARK, BAD, ZERO = '0.80', '0.25', '#C00000', '#000000'
+ABSENT = -1.0  # in a table of norms: none of this layer at this step
+STYLE = {
+    'figure.dpi': 150, 'savefig.dpi': 150, 'font.size': 9, 'axes.titlesize': 10, 'axes.titlelocation': 'left',
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '0.3', 'axes.grid': True,
+    'axes.axisbelow': True, 'grid.color': '0.93', 'xtick.labelsize': 8, 'ytick.labelsize': 8,
+    'xtick.color': '0.3', 'ytick.color': '0.3', 'xtick.labelcolor': 'black', 'ytick.labelcolor': 'black',
+    'legend.fontsize': 8, 'legend.frameon': False, 'lines.linewidth': 1.3, 'lines.markersize': 3.5,
+}
+# the panels and the figures they show; the first is tall, and of the others one without figures is left out
+LOSS, ACCURACY, RATE, NORM, SPEED = 'loss (nats a token)', 'accuracy', 'learning rate', 'gradient norm', 'tokens/s'
+PANELS = {LOSS: ['loss', 'train/loss', 'val/loss'], ACCURACY: ['train/accuracy', 'val/accuracy'], RATE: ['lr'],
+          NORM: ['grad_norm'], SPEED: ['tokens_per_second']}
 
 
-def figure():
-    """An empty figure and its axes, in the style of the house; draws to files, needs no screen."""
+def loss_curve(history, name, path=None, x='steps', show=False):
+    """One run: the loss of its steps, its evaluations with the best one marked, and below what else it logged."""
+    with style():
+        fig, panels, across = figure_of_panels([history], x, show)
+        fig.suptitle(shortened(name, 80), x=0.01, ha='left', fontsize=10)
+        for label in [RATE, NORM, SPEED]:
+            if label in panels:
+                draw_steps(panels[label], history, *PANELS[label], across)
+        if ACCURACY in panels:
+            draw(panels[ACCURACY], history, 'train/accuracy', across, color=TRAIN, marker='o')
+            draw(panels[ACCURACY], history, 'val/accuracy', across, color=VAL, marker='o')
+        ax = panels[LOSS]
+        draw_steps(ax, history, 'loss', across)
+        draw(ax, history, 'train/loss', across, color=TRAIN, marker='o', label='train')
+        draw(ax, history, 'val/loss', across, color=VAL, marker='o', label='val')
+        limit_loss(ax, [history], across, [DARK])
+        label_best(ax, history, across)
+        ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=6, borderaxespad=0.1, borderpad=0.2,
+                  handlelength=1.6, columnspacing=1.1)
+        limit_others(panels, [history])
+        return finish(fig, path, show)
+
+
+def comparison(runs, path=None, x='steps', show=False):
+    """Several runs {name: History} in the same panels, a colour each; beyond seven the markers count too."""
+    from matplotlib.lines import Line2D
+    with style():
+        histories = list(runs.values())
+        entries = [shortened(name, 50) + best_in_words(history) for name, history in runs.items()]
+        columns = min(len(runs), max(1, 105 // (max(map(len, entries)) + 6)))  # as many as fit below 8 inches
+        fig, panels, across = figure_of_panels(histories, x, show, legend_rows=math.ceil(len(runs) / columns))
+        colors = [COLORS[i % len(COLORS)] for i in range(len(runs))]
+        markers = [MARKERS[i // len(COLORS) % len(MARKERS)] for i in range(len(runs))]
+        ax = panels[LOSS]
+        for i, (history, color, marker) in enumerate(zip(histories, colors, markers)):
+            draw(ax, history, 'loss' if history.get('loss')[0].size else 'train/loss', across, smoothed, color=color,
+                 linewidth=0.7, dashes=(4, 2))
+            draw(ax, history, 'val/loss', across, color=color, marker=marker)
+            mark_bad(ax, history, 'loss', across, color)
+            step, value = best(history)
+            ax.plot(across(history, step), value, '*', color=color, markersize=10, markeredgecolor='white',
+                    markeredgewidth=0.5, zorder=4)
+            if ACCURACY in panels:
+                draw(panels[ACCURACY], history, 'val/accuracy', across, color=color, marker=marker)
+            for label in [RATE, NORM, SPEED]:
+                if label in panels:
+                    draw(panels[label], history, *PANELS[label], across, thinned if label == RATE else smoothed,
+                         marks=8, shift=i / len(runs), color=color, linewidth=1,
+                         marker=marker if len(runs) > len(COLORS) else None)
+        limit_loss(ax, histories, across, colors)
+        words = ['solid: val, its lowest starred', 'dashed: loss of the steps, running median']
+        marks = ' '.join(ax.get_legend_handles_labels()[1])
+        words += ['triangles: cut'] * ('cut:' in marks) + ['ticks below: not finite'] * ('not finite:' in marks)
+        ax.set_title('; '.join(words), fontsize=9)
+        limit_others(panels, histories)
+        handles = [Line2D([], [], color=color, marker=marker) for color, marker in zip(colors, markers)]
+        fig.legend(handles, entries, loc='outside lower center', ncols=columns)
+        return finish(fig, path, show)
+
+
+def layers(runs, path=None, x='steps', show=False):
+    """One run or several {name: History}: the gradient norm by layer, from the input down, as a heat map."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm, to_rgb
+    from matplotlib.patches import Patch
+    with style():
+        tables = [layer_table(history) for history in runs.values()]
+        norms = np.concatenate([norms.ravel() for _, _, norms in tables])
+        good = norms[np.isfinite(norms) & (norms > 0)]
+        low, high = np.quantile(good, [0.001, 0.999]) if good.size else (1, 1)
+        colors = ScalarMappable(LogNorm(low / 1.05, high * 1.05), 'viridis')
+        heights = [min(6, max(1.2, 0.17 * len(names))) for names, _, _ in tables]
+        fig = new_figure((8, sum(heights) + 0.4 * len(runs) + 0.6), show)
+        axes = fig.subplots(len(runs), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        across = place(list(runs.values()), x, axes[-1])
+        for ax, height, (name, history), (names, steps, norms) in zip(axes, heights, runs.items(), tables):
+            cells = colors.to_rgba(np.where(np.isfinite(norms) & (norms > 0), norms, 1))  # (layers, steps, 4)
+            for where, color in (norms == 0, ZERO), (norms == ABSENT, (1, 1, 1)), (~np.isfinite(norms), BAD):
+                cells[where, :3] = to_rgb(color)
+            ax.pcolormesh(edges(across(history, steps)), np.arange(len(names) + 1), cells, rasterized=True)
+            every = math.ceil(0.13 * len(names) / height)  # inches a label needs
+            ax.set_yticks(np.arange(len(names))[::every] + 0.5, names[::every])
+            ax.set(title=shortened(name, 80), ylim=(len(names), 0))
+            ax.grid(False)
+        fig.colorbar(colors, ax=axes, label=NORM, extend='both', extendfrac=0.02, pad=0.01, aspect=30, format=plain,
+                     ticks=log_ticks(*colors.get_clim())).minorticks_off()
+        special = [Patch(color=color, label=label) for color, label, is_there in
+                   [(ZERO, 'zero: no gradient arrives', (norms == 0).any()),
+                    (BAD, 'not finite', not np.isfinite(norms).all())] if is_there]
+        if special:
+            fig.legend(handles=special, loc='outside lower right', ncols=2)
+        return finish(fig, path, show)
+
+
+def attention(maps, labels, path=None):
+    """
+    Who looks where: a heat map for each layer (rows) and head (columns). maps: (L, H, T, T) of weights, a query's
+    along the last axis; labels: T short texts. No more than 8 layers, 8 heads and 64 positions are drawn.
+    """
+    from matplotlib.colors import PowerNorm
+    full = np.shape(maps)
+    maps = np.asarray(maps, dtype=np.float64)[:8, :8, :64, :64]
+    n_layers, n_heads, n_tokens, _ = maps.shape
+    labels = [str(label).replace('\n', '\\n').replace('$', r'\$') for label in labels[:n_tokens]]
+    side = max(1.0, min(4.0, 8 / n_heads, 10 / n_layers))  # inches of a map
+    every = math.ceil(n_tokens * 0.1 / side)  # a label needs a tenth of an inch
+    ticks = np.arange(0, n_tokens, every)
+    left_out = [f'the first {shown} of {n} {what}' for shown, n, what in
+                zip(maps.shape, full, ('layers', 'heads', 'positions')) if shown < n]
+    with style():
+        fig = new_figure((side * n_heads + 1.4, side * n_layers + 1.0), show=False)
+        axes = fig.subplots(n_layers, n_heads, sharex=True, sharey=True, squeeze=False)
+        for (layer, head), ax in np.ndenumerate(axes):
+            # the root of the weights, since most of them are small
+            image = ax.imshow(maps[layer, head], cmap='Blues', norm=PowerNorm(0.5, 0, 1), interpolation='nearest')
+            ax.set_xticks(ticks, labels[::every], rotation=90 if max(map(len, labels)) > 2 else 0, fontsize=6)
+            ax.set_yticks(ticks, labels[::every], fontsize=6)
+            ax.tick_params(length=1.5, pad=1)
+            ax.label_outer()
+            ax.grid(False)
+            if layer == 0:
+                ax.set_title(f'head {head}', fontsize=8, loc='center')
+            if head == 0:
+                ax.set_ylabel(f'layer {layer}', fontsize=8)
+        fig.colorbar(image, ax=axes, label='attention weight', shrink=min(1, 3 / (side * n_layers)), pad=0.01)
+        fig.suptitle(', '.join(left_out) or 'attention: each row is a position, and where it looks', fontsize=9)
+        return finish(fig, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures as such
+
+
+@contextmanager
+def style():
+    """The look of the house while a picture is drawn."""
     import matplotlib
-    matplotlib.use('Agg')
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')  # a character that the font lacks is drawn as a box
+        yield
+
+
+def new_figure(size, show):
+    """An empty figure of some inches. Only one to be shown needs a screen."""
+    if show:
+        import matplotlib.pyplot as plt
+        return plt.figure(figsize=size, layout='constrained')
+    from matplotlib.figure import Figure
+    return Figure(figsize=size, layout='constrained')
+
+
+def finish(fig, path, show=False):
+    """Write the picture, or return it as uint8 (height, width, 3)."""
+    if path is not None:
+        return fig.savefig(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def has_screen():
+    """Whether matplotlib can open a window here."""
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 4.5), dpi=150, layout='constrained')
-    ax.spines[['top', 'right']].set_visible(False)
-    ax.grid(color='0.92')
-    ax.set_axisbelow(True)
-    ax.set_xlabel('step')
-    ax.set_ylabel('loss (nats a token)')
-    return fig, ax
+    try:
+        fig = plt.figure()
+    except (ImportError, RuntimeError):  # MPLBACKEND names a kind of window that lacks a package
+        return False
+    plt.close(fig)
+    return fig.canvas.required_interactive_framework is not None
 
 
-def loss_curve(curves, title, path):
-    """One run: the loss of single steps behind, the evaluations of both splits in front, the best one marked."""
-    fig, ax = figure()
-    ax.plot(curves['loss'].keys(), curves['loss'].values(), color='0.8', linewidth=1, label='single steps')
-    for split, color in ('train', 'C0'), ('val', 'C1'):
-        ax.plot(curves[split].keys(), curves[split].values(), color=color, marker='o', markersize=3, label=split)
-    if curves['val']:
-        best = min(curves['val'], key=curves['val'].get)
-        ax.annotate(f'{curves["val"][best]:.4f} at step {best}', (best, curves['val'][best]), xytext=(0, 10),
-                    textcoords='offset points', ha='right', color='C1')
-    ax.set_title(title, loc='left')
-    ax.legend(frameon=False)
-    fig.savefig(path)
+def show_windows():
+    """Show what was drawn with show=True, until its windows are closed."""
+    import matplotlib.pyplot as plt
+    plt.show()
 
 
-def comparison(runs, path):
-    """Several runs {name: curves}: their validation losses in one picture."""
-    fig, ax = figure()
-    for name, curves in runs.items():
-        ax.plot(curves['val'].keys(), curves['val'].values(), marker='o', markersize=3, label=name)
-    ax.set_ylabel('validation loss (nats a token)')
-    ax.legend(frameon=False)
-    fig.savefig(path)
+def figure_of_panels(histories, x, show, legend_rows=0):
+    """A figure with a panel for whatever one of the runs has logged: fig, {label: ax}, across of place()."""
+    from matplotlib.ticker import MaxNLocator
+    labels = [label for label in PANELS
+              if label == LOSS or any(len(finite(history, label)) for history in histories)]
+    heights = [3.6 if label == LOSS else 1.15 for label in labels]
+    fig = new_figure((8, sum(heights) + 0.5 + 0.18 * legend_rows), show)
+    panels = dict(zip(labels, fig.subplots(len(labels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]))
+    across = place(histories, x, panels[labels[-1]])
+    for label, ax in panels.items():
+        ax.set_ylabel(label)
+        ax.tick_params(length=2.5)
+        if label == LOSS:
+            ax.ticklabel_format(axis='y', useOffset=False, scilimits=(-9, 12))  # nothing of its own above the axis
+        else:
+            ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+            ax.yaxis.set_major_formatter({ACCURACY: percent, SPEED: count}.get(label, plain))
+    ends = [across(history, steps[[0, -1]]) for history in histories for label in labels for name in PANELS[label]
+            if len(steps := history.get(name)[0])]
+    left, right = np.min(ends), np.max(ends)
+    margin = 0.02 * (right - left) or 1
+    ax.set_xlim(left - margin, right + margin)
+    fig.align_ylabels()
+    return fig, panels, across
+
+
+def place(histories, x, ax):
+    """Label the axis that x names. Returns across(history, steps) -> where steps stand on it."""
+    from matplotlib.ticker import MaxNLocator
+    label, ticks, across = x, count, lambda history, steps: steps * history.facts['tokens_per_step']
+    if x == 'steps':
+        ticks, across = lambda value, _: f'{value:,.0f}', lambda history, steps: steps
+    elif x == 'time':
+        longest = max(history.get('time')[1].max() for history in histories)
+        units = [('days', 86400), ('hours', 3600), ('minutes', 60), ('seconds', 1)]
+        unit, seconds = next((u for u in units if longest >= 3 * u[1]), units[-1])
+        label, ticks = f'time ({unit})', plain
+        across = lambda history, steps: np.interp(steps, *history.get('time')) / seconds
+    ax.set_xlabel(label)
+    ax.xaxis.set_major_formatter(ticks)
+    ax.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 2.5, 5, 10], integer=x != 'time'))
+    return across
+
+
+def plain(value, _=None):
+    """A number on an axis: 0.0005, 20."""
+    return f'{value:.6g}'
+
+
+def percent(value, _):
+    return f'{100 * value:.4g}%'
+
+
+def count(value, _):
+    """A count on an axis: 950, 15k, 1.2M, 300B."""
+    unit, letter = next(((u, x) for u, x in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')) if abs(value) >= u), (1, ''))
+    return f'{value / unit:.6g}{letter}'
+
+
+def log_ticks(low, high):
+    """Where the ticks stand on a logarithmic axis of such limits: some, whether it spans a tenth or ten decades."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+    return MaxNLocator(4) if high < 5 * low else LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6)
+
+
+def shortened(name, length):
+    """The end of a long name, and no formulas."""
+    return (name if len(name) <= length else '...' + name[3 - length:]).replace('$', r'\$')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is drawn into a panel
+
+
+def draw(ax, history, name, across, shape=lambda steps, values: (steps, values), marks=50, shift=0.0, **look):
+    """
+    A figure as a line, thinned or smoothed, and where there is only one value as a point. With a marker, so many
+    points have one, set back by a share of their distance.
+    """
+    steps, values = shape(*history.get(name))
+    every = math.ceil(len(steps) / marks)
+    if len(steps) == 1:
+        look['marker'] = 'o'
+    if len(steps):
+        ax.plot(across(history, steps), values, **{'markevery': (int(shift * every), every)} | look)
+
+
+def draw_steps(ax, history, name, across):
+    """Single steps in grey and a line through them; where they are few, or smooth as a rate is, a line alone."""
+    steps, values = history.get(name)
+    width = window(values[np.isfinite(values)])
+    if width == 1 or name == 'lr':
+        draw(ax, history, name, across, thinned, color=DARK, linewidth=1, label='single steps',
+             marker='.' if width == 1 else None)
+    else:
+        draw(ax, history, name, across, thinned, color=FAINT, linewidth=0.6, label='single steps')
+        width *= (steps[-1] - steps[0]) / (len(steps) - 1)
+        draw(ax, history, name, across, smoothed, color=DARK, linewidth=1.1,
+             label=f'running median of {width:,.0f} steps')
+    mark_bad(ax, history, name, across, BAD)
+
+
+def mark_bad(ax, history, name, across, color):
+    """Ticks at the bottom where a figure was not finite."""
+    steps, values = history.get(name)
+    bad = steps[~np.isfinite(values)]
+    if len(bad):
+        mark(ax, across(history, bad), 0, 600, marker='|', markersize=9, color=color,
+             label=f'not finite: {len(bad):,}')
+
+
+def mark(ax, places, height, n, **look):
+    """Marks at a height between 0 and 1 of a panel, no more than n, so that many stand side by side."""
+    left, right = ax.get_xlim()
+    places = left + np.unique((n * (places - left) / (right - left)).round()) * (right - left) / n
+    ax.plot(places, np.full(len(places), height), **look, linestyle='', clip_on=False, zorder=5,
+            transform=ax.get_xaxis_transform())
+
+
+def label_best(ax, history, across):
+    """A ring around the lowest val loss, and what it is."""
+    step, value = best(history)
+    if not math.isfinite(value):
+        return
+    x, (left, right), (low, high) = across(history, step), ax.get_xlim(), ax.get_ylim()
+    at, is_high = (x - left) / (right - left), value > low + 0.75 * (high - low)
+    ax.plot(x, value, 'o', markersize=9, markerfacecolor='none', markeredgecolor=VAL)
+    ax.annotate(f'best val {value:.4f} at step {step:,}', (x, value), xytext=(0, -30 if is_high else 30), color=VAL,
+                textcoords='offset points', ha='left' if at < 0.72 else 'right',
+                arrowprops={'arrowstyle': '-', 'color': VAL, 'linewidth': 0.7, 'shrinkB': 5},
+                bbox={'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.8, 'pad': 1})
+
+
+def limit_loss(ax, histories, across, colors):
+    """Let no spike and no first steps squash the rest of a panel: what is cut off gets triangles at its upper edge."""
+    limits = [loss_limits(history) for history in histories if len(finite(history, LOSS))] or [(0, 1)]
+    low, highs = min(low for low, _ in limits), sorted(high for _, high in limits)
+    usual = highs[(len(highs) - 1) // 2] - low
+    high = max(high for high in highs if high - low <= 3 * usual)  # nor may a run that went wrong squash the others,
+    lowest = [finite(history, LOSS).min() for history in histories if len(finite(history, LOSS))]  # all are seen
+    high = max([high, *(value + 0.1 * (high - low) for value in lowest if value < 3 * min(lowest))])
+    bottom = ax.dataLim.y0 if math.isfinite(ax.dataLim.y0) else low
+    ax.set_ylim(bottom - max(0.05 * (high - bottom), 0.02), high)
+    for history, color in zip(histories, colors):
+        figures = [history.get(name) for name in PANELS[LOSS]]
+        steps, values = (np.concatenate(parts) for parts in zip(*figures))
+        is_cut = np.isfinite(values) & (values > high)
+        if is_cut.any():
+            mark(ax, across(history, steps[is_cut]), 0.99, 80, marker='^', color=color,
+                 label=f'cut: up to {values[is_cut].max():.4g}')
+
+
+def loss_limits(history):
+    """(lowest, highest) loss that a panel should show of a run."""
+    low, most, top = np.quantile(finite(history, LOSS), [0, 0.98, 1])
+    spread = 1.15 * (most - low)
+    return low, top + max(0.05 * (top - low), 0.02) if top - low <= 1.5 * spread else low + spread
+
+
+def limit_others(panels, histories):
+    """Speed from 0 on, whatever the first step took to compile; norms by decades, with the line they are clipped at."""
+    if ax := panels.get(SPEED):
+        speeds = [finite(history, SPEED) for history in histories]
+        ax.set_ylim(0, 1.2 * max(np.quantile(values, 0.98) for values in speeds if len(values)) or 1)
+    if ax := panels.get(RATE):
+        tops = [max(finite(history, RATE), default=0) for history in histories]
+        lowest = min((top for top in tops if top > 0), default=1)
+        if max(tops) > 8 * lowest:  # else the lower rates would lie on the axis
+            set_log(ax, lowest / 50)
+    if (ax := panels.get(NORM)) and any((finite(history, NORM) > 0).any() for history in histories):
+        clips = sorted({history.facts.get('grad_clip') or 0 for history in histories} - {0})
+        words = f'dashed: grad_clip = {", ".join(map(plain, clips[:4]))}' if clips else ''
+        for clip in clips:
+            ax.axhline(clip, color='0.4', linewidth=0.9, linestyle='--', zorder=3)
+        if clips and len(histories) == 1:
+            words += f', {np.mean(finite(histories[0], NORM) > clips[0]):.1%} of the steps clipped'
+        ax.set_title(words, loc='right', fontsize=8)
+        set_log(ax)
+
+
+def set_log(ax, bottom=None):
+    """A logarithmic axis with plain numbers at it."""
+    ax.set_yscale('log', nonpositive='mask')
+    ax.set_ylim(bottom=bottom)
+    ax.yaxis.set_major_locator(log_ticks(*ax.get_ylim()))
+    ax.yaxis.set_major_formatter(plain)
+    ax.minorticks_off()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from figures to points
+
+
+def thinned(steps, values, n=2000):
+    """Of a long series the lowest and the highest of each of n stretches: on paper the same picture."""
+    if len(steps) <= 10 * n:
+        return steps, values
+    kept = len(steps) // n * n  # the few that are left over at the end are kept too
+    rows = values[:kept].reshape(n, -1)
+    first = np.arange(n) * rows.shape[1]
+    lowest = first + np.where(np.isfinite(rows), rows, np.inf).argmin(axis=1)
+    highest = first + np.where(np.isfinite(rows), rows, -np.inf).argmax(axis=1)
+    chosen = np.unique(np.concatenate([lowest, highest, np.arange(kept, len(steps))]))
+    return steps[chosen], values[chosen]
+
+
+def smoothed(steps, values, n=500):
+    """The running median at n places, over window() values; nearer the start, over fewer."""
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
+    half = window(values) // 2
+    centres = np.unique(np.linspace(0, max(0, len(values) - 1), n).round().astype(int))[:len(values)]
+    reaches = np.minimum(half, centres)  # as far back as ahead, since the first losses fall fast
+    medians = [np.median(values[c - reach:c + reach + 1]) for c, reach in zip(centres, reaches)]
+    return steps[centres], np.array(medians)
+
+
+def window(values):
+    """How many values a running median takes: 2% of them, of few more; 1 where there are too few to smooth."""
+    return max(len(values) // 50, min(25, len(values) // 7)) // 2 * 2 + 1 if len(values) >= 30 else 1
+
+
+def finite(history, panel):
+    """The numbers that a panel shows of a run, without those that are none."""
+    values = np.concatenate([history.get(name)[1] for name in PANELS[panel]])
+    return values[np.isfinite(values)]
+
+
+def best(history):
+    """(step, value) of the lowest val loss, NaN where there is none."""
+    steps, values = history.get('val/loss')
+    steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
+    return (int(steps[values.argmin()]), float(values.min())) if len(values) else (0, math.nan)
+
+
+def best_in_words(history):
+    step, value = best(history)
+    return f': val {value:.4f} at step {step:,}' if math.isfinite(value) else ''
+
+
+def layer_table(history):
+    """The names of the layers in the model's order, the steps, and the norms (layers, steps), ABSENT where none is."""
+    def order(name):
+        block = name.removeprefix('h.')
+        return (1, int(block)) if block.isdecimal() else ({'wte': -2, 'wpe': -1, 'ln_f': 2}.get(name, 3), 0)
+    names = sorted((name[10:] for name, (steps, _) in history.series.items()
+                    if name.startswith('grad_norm/') and len(steps)), key=order)
+    series = [history.get(f'grad_norm/{name}') for name in names]
+    steps = np.unique(np.concatenate([steps for steps, _ in series]))
+    norms = np.full((len(names), len(steps)), ABSENT)
+    for row, (at, values) in zip(norms, series):
+        row[np.searchsorted(steps, at)] = values
+    first = np.arange(0, len(steps), math.ceil(len(steps) / 1200))  # more columns than pixels: the highest stands
+    return names, steps[first], np.maximum.reduceat(norms, first, axis=1)
+
+
+def edges(places):
+    """Of n columns the n + 1 edges: each reaches up to the next one."""
+    last = places[-1] - places[-2] if len(places) > 1 else 1
+    return np.append(places, places[-1] + last)

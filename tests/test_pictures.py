@@ -1,10 +1,18 @@
-"""plot_loss.py, from logs as they come: ours, nanoGPT's, resumed, torn, with NaN."""
+"""plot_loss.py: logs as they come (ours, nanoGPT's, resumed, torn, with NaN), and what is drawn of them."""
 
+import json
+import math
+import random
+import sys
+
+import numpy as np
 import pytest
 
-from kit import runlogs
+from kit import diagnosis, pictures, runlogs
+from kit.diagnosis import History
 
-NANOGPT = """number of parameters: 10.65M
+NANOGPT = """tokens per iteration will be: 16,384
+number of parameters: 10.65M
 step 0: train loss 4.2874, val loss 4.2823
 iter 0: loss 4.2649, time 31527.02ms, mfu -100.00%
 iter 10: loss 3.1, time 30.50ms, mfu 12.10%
@@ -12,23 +20,324 @@ step 20: train loss 2.5, val loss 2.6
 saving checkpoint to out
 step 20: train loss 2.4, val loss 2.55
 iter 20: loss nan, time 30.50ms, mfu 12.10%
-iter 30: loss 2."""
+iter 30: loss 2.9, time 30.50ms, mfu 12.10%
+iter 40: loss 2."""
+
+OURS = """a step: 12 rows x 1 micro-steps x 64 tokens = 768 tokens
+step 0: train loss 2.4411, val loss 2.4346, val accuracy 31.25%, raw val loss 2.5 (the others are of the EMA)
+iter 0: loss 2.4502, time 51.30ms, mfu 4.12%, lr 1.0e-03, norm 0.84, 15.0k tok/s, eta 1m32s, epoch 0.25
+iter 1: loss 2.4502, time 51.30ms, mfu 4.12%, lr 1.0e-03, norm inf, 950 tok/s, eta 1m32s, epoch 0.25
+"""
 
 
-def test_logs_are_read(tmp_path):
+def series(history):
+    return {name: dict(zip(steps, values)) for name, (steps, values) in history.series.items()}
+
+
+def write_run(folder, records, **settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+    if settings:
+        (folder / 'config.json').write_text(json.dumps({'settings': settings, 'launches': []}))
+    return folder
+
+
+def a_run(n=60, spike=None, bad=(), layers=('wte', 'h.0', 'h.1', 'ln_f'), seed=0):
+    """Records as train.py writes them: each update, more of it every 10, an evaluation every 20."""
+    rng = random.Random(seed)
+    for step in range(n):
+        loss = 2 + 2 * math.exp(-step / 10) + rng.gauss(0, 0.05) + (50 if step == spike else 0)
+        if step % 20 == 0:
+            yield {'step': step, 'time': step / 4, 'train/loss': loss, 'train/accuracy': 0.4,
+                   'val/loss': 2 + abs(step - 20.5 + seed / 99) / 40, 'val/accuracy': 0.3}
+        record = {'step': step, 'time': step / 4, 'loss': None if step in bad else loss,
+                  'grad_norm': None if step in bad else rng.uniform(0.5, 1.5), 'lr': 1e-3}
+        if step % 10 == 0:
+            record |= {'tokens_per_second': 15e3} | {f'grad_norm/{name}': rng.uniform(0, 1) for name in layers}
+        yield record
+
+
+def history_of(records, **facts):
+    history = History(facts)
+    for record in records:
+        history.add(record['step'], {name: value for name, value in record.items() if name != 'step'})
+    return history
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def test_nanogpts_log_is_read(tmp_path):
     (tmp_path / 'log').write_text(NANOGPT)
-    curves = runlogs.read(tmp_path / 'log')
-    assert curves['train'] == {0: 4.2874, 20: 2.4} and curves['val'] == {0: 4.2823, 20: 2.55}
-    assert list(curves['loss']) == [0, 10, 20, 30] and curves['loss'][10] == 3.1
+    history = runlogs.read(tmp_path / 'log')
+    figures = series(history)
+    assert figures['train/loss'] == {0: 4.2874, 20: 2.4} and figures['val/loss'] == {0: 4.2823, 20: 2.55}
+    assert list(figures['loss']) == [0, 10, 20, 30], 'the last line is torn: of its 2. the digits are missing'
+    assert figures['loss'][10] == 3.1 and math.isnan(figures['loss'][20])
+    assert list(figures['mfu']) == [10, 20, 30] and figures['mfu'][10] == pytest.approx(0.121)
+    assert figures['time'][20] == pytest.approx(20 * 0.0305), 'the step that holds an evaluation does not count'
+    assert history.facts == {'tokens_per_step': 16384}
+    (tmp_path / 'log').write_text('step 20: train loss 2.5, val loss 2.6\nstep 40: train loss 2.4, val loss 2.')
+    assert list(series(runlogs.read(tmp_path / 'log'))['val/loss']) == [20]
 
 
-@pytest.mark.parametrize('args, picture', [([], 'checkpoints/loss_curve.png'), (['a', 'b.log'], 'comparison.png'),
-                                           (['a'], 'a/loss_curve.png'), (['b.log'], 'loss_curve.png')])
-def test_pictures(train, run, tiny, args, picture):
+def test_our_log_is_read(tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/training.log').write_text(OURS)
+    for path in tmp_path / 'run', tmp_path / 'run/training.log':
+        history = runlogs.read(path)
+        first = {name: values[0] for name, values in series(history).items()}
+        assert first == pytest.approx({
+            'train/loss': 2.4411, 'val/loss': 2.4346, 'val/accuracy': 0.3125, 'raw/val/loss': 2.5, 'loss': 2.4502,
+            'time_ms': 51.3, 'mfu': 0.0412, 'lr': 1e-3, 'grad_norm': 0.84, 'tokens_per_second': 15e3, 'epoch': 0.25,
+            'time': 0})
+        assert history.get('grad_norm')[1][1] == math.inf and history.get('tokens_per_second')[1][1] == 950
+        assert history.facts['tokens_per_step'] == 768
+
+
+def test_records_are_read_as_brute_force_reads_them(tmp_path):
+    rng = random.Random(1)
+    step, lines, expected = 0, [], {}
+    for _ in range(400):
+        if rng.random() < 0.03:  # a resume: what was later is another branch
+            step = rng.randrange(step + 1)
+            for name in expected:
+                expected[name] = {s: v for s, v in expected[name].items() if s < step or s == step and name != 'loss'}
+        record = {'step': step, 'loss': rng.choice([rng.random(), None])}
+        if rng.random() < 0.2:
+            record |= {'val/loss': rng.random(), 'x': rng.randrange(9)}
+        lines.append(json.dumps(record | {'words': 'passed over', 'list': [1]}))
+        lines += rng.choices(['', '{"step": 3, "lo', '[1]', '7', '{"loss": 1}', '{"step": "a"}', '\x00\xff'], k=1)
+        for name in record.keys() - {'step'}:
+            expected.setdefault(name, {})[step] = math.nan if record[name] is None else float(record[name])
+        step += 1
+    (tmp_path / 'a.jsonl').write_bytes('\n'.join(lines).encode('latin-1') + b'\n{"step": 99999, "loss": 1')
+    found = series(runlogs.read(tmp_path / 'a.jsonl'))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], nan_ok=True) and list(found[name]) == sorted(found[name])
+
+
+def test_an_evaluation_of_the_branch_that_died_goes(tmp_path):
+    write_run(tmp_path, [{'step': 5, 'val/loss': 3.0}, {'step': 5, 'loss': 3.0}, {'step': 10, 'val/loss': 2.0},
+                         {'step': 10, 'loss': 2.0}, {'step': 5, 'loss': 3.5}, {'step': 6, 'loss': 3.0}])
+    assert series(runlogs.read(tmp_path)) == {'val/loss': {5: 3.0}, 'loss': {5: 3.5, 6: 3.0}}
+
+
+def test_the_clock_goes_on_over_launches_that_began_it_anew(tmp_path):
+    write_run(tmp_path, [{'step': s, 'time': t, 'loss': 1.0} for s, t in [(0, 1), (1, 2), (2, 3), (2, 1), (3, 4)]])
+    assert series(runlogs.read(tmp_path))['time'] == {0: 1, 1: 2, 2: 3, 3: 6}
+
+
+def test_an_evaluation_may_stand_before_the_updates_that_led_to_it(tmp_path):
+    write_run(tmp_path, [{'step': 0, 'time': 1, 'loss': 4.0}, {'step': 2, 'time': 9, 'val/loss': 3.0},
+                         {'step': 1, 'time': 2, 'loss': 4.0}, {'step': 2, 'time': 10, 'loss': 3.0}])
+    figures = series(runlogs.read(tmp_path))
+    assert figures['time'] == {0: 1, 1: 2, 2: 10} and figures['val/loss'] == {2: 3.0}
+
+
+def test_facts_come_from_config(tmp_path):
+    write_run(tmp_path, [{'step': 0, 'loss': 1}], batch_size=3, gradient_accumulation_steps=2, block_size=5)
+    assert runlogs.read(tmp_path).facts['tokens_per_step'] == 30
+    (tmp_path / 'config.json').write_text(json.dumps({'settings': {'seed': 1}, 'facts': {'tokens_per_step': 7}}))
+    assert runlogs.read(tmp_path).facts == {'seed': 1, 'tokens_per_step': 7}
+    (tmp_path / 'config.json').write_text('{"settings": [')
+    assert runlogs.read(tmp_path).facts == {}
+
+
+def test_a_folder_whose_records_hold_nothing_gives_its_log(tmp_path):
+    write_run(tmp_path, [])
+    (tmp_path / 'training.log').write_text(OURS)
+    assert series(runlogs.read(tmp_path))['val/loss'] == {0: 2.4346}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# drawing
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The pictures come back as matplotlib's figures, drawn, not as arrays."""
+    finish = pictures.finish
+    monkeypatch.setattr(pictures, 'finish', lambda fig, path, show=False: (finish(fig, path, show), fig)[1])
+
+
+def line(ax, label):
+    return next(line for line in ax.lines if str(line.get_label()).startswith(label))
+
+
+def test_the_panels_of_a_run(figures):
+    history = history_of(a_run(spike=33, bad=(40, 41)), grad_clip=1.25)
+    loss, accuracy, rate, norm, speed = pictures.loss_curve(history, 'a').axes
+    assert list(line(loss, 'val').get_ydata()) == list(history.get('val/loss')[1])
+    assert list(line(loss, 'train').get_xdata()) == [0, 20, 40]
+    assert line(loss, 'not finite: 2').get_xdata() == pytest.approx([40, 41], abs=0.1)
+    assert line(loss, 'cut: up to 52').get_xdata() == pytest.approx([33], abs=0.5)
+    assert loss.get_ylim()[1] < 6, 'the spike does not squash the rest'
+    assert loss.texts[0].get_text() == f'best val {history.get("val/loss")[1].min():.4f} at step 20'
+    assert norm.get_yscale() == 'log' and 1.25 in [y for line in norm.lines for y in line.get_ydata()]
+    norms = [record['grad_norm'] for record in a_run(spike=33, bad=(40, 41)) if record.get('grad_norm')]
+    assert f'{np.mean(np.array(norms) > 1.25):.1%}' in norm.get_title('right')
+    assert list(rate.lines[0].get_ydata()) == [1e-3] * 60 and len(speed.lines) == 1 and len(accuracy.lines) == 2
+
+
+@pytest.mark.parametrize('records, panels', [
+    ([{'step': 0, 'loss': 3.0}], ['loss']), ([{'step': 4, 'val/loss': None}], ['loss']),
+    ([{'step': s, 'loss': None, 'grad_norm': 0.0} for s in range(9)], ['loss', 'gradient']),
+    ([{'step': s, 'loss': 1.0, 'lr': 0.0, 'tokens_per_second': 0.0} for s in range(99)],
+     ['loss', 'learning', 'tokens/s']),
+    ([{'step': s, 'loss': 10.0**s, 'grad_norm': 10.0**(4 * s)} for s in range(50)], ['loss', 'gradient']),
+    ([{'step': s, 'val/loss': 3.0, 'val/accuracy': 0.5} for s in range(3)], ['loss', 'accuracy'])])
+@pytest.mark.filterwarnings('error')
+def test_only_panels_with_something_in_them(figures, records, panels):
+    history = history_of(records, grad_clip=1.0)
+    for fig in pictures.loss_curve(history, '_$x$'), pictures.comparison({'_$x$': history, 'b' * 99: history}):
+        assert [ax.get_ylabel().split()[0] for ax in fig.axes] == panels
+
+
+@pytest.mark.filterwarnings('error')
+def test_twenty_runs_are_told_apart(figures):
+    runs = {f'run{i}': history_of(a_run(seed=i), grad_clip=1.0) for i in range(20)}
+    fig = pictures.comparison(runs)
+    legend = fig.legends[0]
+    assert len({(line.get_color(), line.get_marker()) for line in legend.legend_handles}) == 20
+    assert legend.get_texts()[7].get_text() == f'run7: val {runs["run7"].get("val/loss")[1].min():.4f} at step 20'
+    width, height = fig.canvas.get_width_height()
+    box = legend.get_window_extent()
+    assert fig.axes[0].bbox.height > 450, 'however long the legend'
+    assert 0 <= box.x0 and box.x1 <= width and box.y1 < fig.axes[-1].get_tightbbox().y0, 'the legend stands free'
+
+
+def test_a_bad_run_does_not_squash_the_others(figures):
+    good = {f'run{i}': history_of(a_run(seed=i)) for i in range(3)}
+    bad = history_of([{'step': s, 'loss': 900.0} for s in range(60)])
+    loss = pictures.comparison(good | {'bad': bad}).axes[0]
+    assert loss.get_ylim()[1] < 6 and 'triangles' in loss.get_title('left')
+    assert line(loss, 'cut: up to 900').get_color() == pictures.COLORS[3]
+    assert pictures.comparison({'good': good['run0'], 'bad': bad}).axes[0].get_ylim()[1] < 6
+
+
+@pytest.mark.parametrize('x, last, label', [('steps', 59, 'steps'), ('tokens', 5900, 'tokens'),
+                                            ('time', 14.75, 'time (seconds)')])
+def test_what_the_curves_run_over(figures, x, last, label):
+    ax = pictures.loss_curve(history_of(a_run(), tokens_per_step=100), 'a', x=x).axes
+    assert ax[-1].get_xlabel() == label and line(ax[0], 'single').get_xdata()[-1] == last
+
+
+def test_a_picture_comes_as_an_array_or_a_file(tmp_path):
+    history = history_of(a_run())
+    image = pictures.loss_curve(history, 'a')
+    assert image.dtype == np.uint8 and image.shape[1:] == (1200, 3) and image.std() > 10
+    assert pictures.loss_curve(history, 'a', tmp_path / 'a.png') is None
+    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_median_and_the_thinning():
+    rng = np.random.default_rng(0)
+    steps, values = np.arange(100_007), rng.normal(size=100_007)
+    values[[77, 50_000]] = math.nan, 99
+    at, thin = pictures.thinned(steps, values)
+    assert len(at) < 20_000 and (np.diff(at) > 0).all() and (values[at] == thin).all()
+    assert {np.nanargmin(values), 50_000} <= set(at)
+    steps, values = steps[:400], values[:400]
+    good = np.delete(values, 77)
+    at, middle = pictures.smoothed(steps, values)
+    assert list(at) == list(np.delete(steps, 77)), 'there is room for all'
+    for i in 0, 3, 12, 200, 398:
+        reach = min(12, i)
+        assert middle[i] == np.median(good[i - reach:i + reach + 1])
+    assert list(pictures.smoothed(steps[:20], values[:20])[1]) == list(values[:20]), 'too few to smooth'
+
+
+def test_layers(figures):
+    names = ['ln_f', 'h.10', 'h.2', 'wpe', 'h.0', 'wte']
+    records = [{'step': step} | {f'grad_norm/{name}': 1.0 + i + step for i, name in enumerate(names)}
+               for step in range(0, 90, 10)]
+    records[4]['grad_norm/h.2'], records[5]['grad_norm/h.0'] = 0.0, None
+    history = history_of(records)
+    rows, steps, norms = pictures.layer_table(history)
+    assert rows == ['wte', 'wpe', 'h.0', 'h.2', 'h.10', 'ln_f'] and list(steps) == list(range(0, 90, 10))
+    assert list(norms[0]) == [6.0 + s for s in steps] and norms[3, 4] == 0 and math.isnan(norms[2, 5])
+    fig = pictures.layers({'a': history, 'b': history})
+    assert [ax.get_title('left') for ax in fig.axes[:2]] == ['a', 'b'] and fig.axes[2].get_ylabel() == 'gradient norm'
+    cells = fig.axes[0].collections[0].get_facecolor().reshape(6, 9, 4)
+    assert list(cells[3, 4, :3]) == [0, 0, 0] and cells[2, 5, 0] > 0.7 and cells[2, 5, 1] == 0
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ['zero: no gradient arrives', 'not finite']
+    long = history_of({'step': s, 'grad_norm/wte': 100.0 if s == 1234 else 1.0} for s in range(5000))
+    assert pictures.layer_table(long)[2].shape[1] <= 1200 and pictures.layer_table(long)[2].max() == 100
+
+
+def test_attention(figures):
+    maps = np.tril(np.ones((9, 2, 70, 70))) / np.arange(1, 71)[:, None]
+    fig = pictures.attention(maps, ['$a\n'] * 70)
+    assert len(fig.axes) == 8 * 2 + 1
+    assert fig.get_suptitle() == 'the first 8 of 9 layers, the first 64 of 70 positions'
+    assert fig.axes[0].images[0].get_array().shape == (64, 64)
+    assert len(pictures.attention(maps[:1, :1, :5, :5], list('abcde')).axes) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the script
+
+
+def test_pictures(train, run, tiny):
     train('--out_dir=a')
     train()
     (tiny / 'b.log').write_text(NANOGPT)
-    result = run('plot_loss.py', *args)
-    assert result.status == 0, result.err
-    assert result.out == f'wrote {picture}\n'
-    assert (tiny / picture).read_bytes().startswith(b'\x89PNG') and (tiny / picture).stat().st_size > 10_000
+    for args, picture in [([], 'checkpoints/loss_curve.png'), (['a', 'b.log'], 'comparison.png'),
+                          (['a/', '--x=time'], 'a/loss_curve.png'), (['b.log'], 'loss_curve.png'),
+                          (['a/training.log', '--x=tokens'], 'a/loss_curve.png')]:
+        result = run('plot_loss.py', *args)
+        assert result.status == 0, result.err
+        assert f'wrote {picture}\n' in result.out
+        assert [path.relative_to(tiny).as_posix() for path in tiny.rglob('*.png')] == [picture]
+        assert (tiny / picture).read_bytes().startswith(b'\x89PNG') and (tiny / picture).stat().st_size > 10_000
+        for path in [arg for arg in args if not arg.startswith('--')] or ['checkpoints']:
+            name = path.strip('/').removesuffix('.log').removeprefix('a/')
+            words = diagnosis.verdict(runlogs.read(tiny / path))
+            assert '\n'.join(['', name, *(f'  {word}' for word in words), '']) in result.out
+        (tiny / picture).unlink()
+
+
+def test_layers_of_runs(run, tmp_path):
+    for name in 'a', 'b':
+        write_run(tmp_path / name, a_run())
+    assert 'wrote a/layers.png' in run('plot_loss.py', 'a', '--layers').out and (tmp_path / 'a/layers.png').exists()
+    assert 'wrote layers.png' in run('plot_loss.py', 'a', 'b', '--layers').out and (tmp_path / 'layers.png').exists()
+    assert 'wrote loss_curve.png' in run('plot_loss.py', cwd=tmp_path / 'a').out, 'the folder we are in may be the run'
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere there is always a screen')
+@pytest.mark.parametrize('backend', [None, 'TkAgg', 'webagg'])
+def test_where_no_screen_is_the_file_is_written(run, tmp_path, monkeypatch, backend):
+    write_run(tmp_path / 'a', a_run())
+    for name in 'DISPLAY', 'WAYLAND_DISPLAY', 'MPLBACKEND':
+        monkeypatch.delenv(name, raising=False)
+    result = run('plot_loss.py', 'a', '--show', env={'MPLBACKEND': backend} if backend else {})
+    assert result.status == 0 and result.err == '' and 'no window' in result.out.splitlines()[-1]
+    assert (tmp_path / 'a/loss_curve.png').exists()
+
+
+@pytest.mark.parametrize('args, words', [
+    ([], 'no folder here holds a run'), (['nowhere'], 'nowhere'), (['nothing'], 'nothing is no folder of a run'),
+    (['empty'], 'empty/training.log is empty'), (['empty.log'], 'is empty'), (['noise'], 'noise has no line of a run'),
+    (['noise.jsonl'], 'no record of a run'), (['words.log'], 'no line of a run'), (['run', 'noise'], 'noise'),
+    (['plain.log', '--x=tokens'], 'x = tokens'), (['still.jsonl', '--x=time'], 'x = time'), (['--x=day', 'run'], 'x'),
+    (['plain.log', '--layers'], 'by layer'), (['run', '--show=maybe'], 'show'), (['full'], 'full/loss_curve.png')])
+def test_bad_input_is_one_line(run, tmp_path, args, words):
+    cwd = tmp_path / ('elsewhere' if not args else '.')
+    for name in 'nothing', 'empty', 'full/loss_curve.png', 'elsewhere/nothing':
+        (tmp_path / name).mkdir(parents=True)
+    write_run(tmp_path / 'run', a_run())
+    write_run(tmp_path / 'full', a_run())
+    noise = random.Random(0).randbytes(200_000)
+    for name, data in {'empty/training.log': b'', 'empty.log': b'', 'noise': noise, 'noise.jsonl': noise,
+                       'words.log': b'To be, or not to be\n', 'still.jsonl': b'{"step": 1, "loss": 2}\n',
+                       'plain.log': b'iter 1: loss 2.0, time 3.00ms, mfu 1.00%\n'}.items():
+        (tmp_path / name).write_bytes(data)
+    before = sorted(tmp_path.rglob('*'))
+    result = run('plot_loss.py', *args, cwd=cwd)
+    assert result.status == 2 and result.err.count('\n') == 1, result.err
+    assert result.err.startswith('plot_loss.py: ') and words in result.err
+    assert sorted(tmp_path.rglob('*')) == before
