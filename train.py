@@ -8,12 +8,11 @@ $ torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py    the 
 $ python train.py --init_from=resume                                go on after an interruption, as if there were none
 $ python train.py --init_from=exp1/best.pt --dataset=book           a new run that begins with the weights of another
 $ python train.py --test --checkpoint=checkpoints/best.pt           what a checkpoint is worth on the test split
+$ python train.py --inspect_step=1234                               which text made the spike of that step
 """
 
 import math
 import time
-from collections import deque
-from pathlib import Path
 
 import torch
 
@@ -26,6 +25,7 @@ from kit import (
     diagnosis,
     errands,
     evaluation,
+    gradients,
     optimizers,
     overrides,
     pretrained,
@@ -34,7 +34,7 @@ from kit import (
     signals,
     tokens,
 )
-from kit.journal import Journal, duration, short
+from kit.journal import Journal, check_wandb, duration, short
 from model import GPT, GPTConfig, default_heads
 
 journal = Journal()  # from here on every line that is printed also goes to training.log
@@ -57,6 +57,8 @@ dry_run = False             # show the batch, the model and what the run will ta
 test = False                # measure a checkpoint on the test split, and leave
 checkpoint = ''             # which one --test takes, or several: a.pt,b.pt; '' = best.pt of out_dir
 weights = 'auto'            # of a checkpoint's weights: auto (its average where it has one), raw, ema, swa
+inspect_step = -1           # replay this step of the run in out_dir: its texts, the costliest first; -1 = train
+debug_nan = False           # at the first bad number: stop, and say which text, operation or gradient made it
 # where figures go, beside the console
 tensorboard = True          # to runs/
 wandb_log = False           # to Weights & Biases
@@ -99,7 +101,7 @@ seed = 1337                 # of the first weights, the batches and dropout
 # what must hold, checked before anything is written
 RULES = [
     'eval_interval >= 0', 'eval_iters >= 0', 'log_interval >= 0', 'save_interval >= 0', 'keep_last >= 0',
-    '0 <= seed < 2**63',
+    '0 <= seed < 2**63', 'inspect_step >= -1',
     'batch_size >= 1', 'gradient_accumulation_steps >= 1', 'block_size >= 1', 'n_layer >= 1', 'n_head >= 0',
     'n_embd >= 1', 'max_iters >= 1', 'warmup_iters >= 0', 'lr_decay_iters >= 0', 'learning_rate > 0', 'min_lr >= 0',
     'weight_decay >= 0', 'grad_clip >= 0', '0 <= dropout < 1', '0 <= beta1 < 1', '0 <= beta2 < 1',
@@ -114,8 +116,13 @@ RULES = [
     'backend in ("auto", "nccl", "gloo")',
     'test or not checkpoint  # --checkpoint goes with --test; a resume takes ckpt.pt of --out_dir',
     'out_dir.strip("./")  # the run needs a folder of its own, such as --out_dir=exp1',
+    'inspect_step < 0 or not (test or eval_only or dry_run)  # one errand at a time',
     'dataset  # it needs the name of a folder in data/',
 ]
+# settings that belong to a launch: a resume does not take them over
+LAUNCH = ('out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'weights', 'inspect_step', 'debug_nan',
+          'device', 'compile', 'backend')
+SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size'  # what weights cannot do without
 config = overrides.apply(globals(), RULES)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,18 +131,29 @@ config = overrides.apply(globals(), RULES)
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
 ranks.start(backend, device)
 
-if not (test or eval_only or dry_run):  # what is read below must still be true when this run writes
+is_errand = test or eval_only or dry_run or inspect_step >= 0
+if not is_errand:  # what is read below must still be true when this run writes
     ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=False, may_write=False))
 saved = {}
+if inspect_step >= 0:  # with the settings that it was made with, from the last state before it
+    settings, past = ranks.from_main(lambda: errands.find_past(out_dir, inspect_step))
+    config = overrides.adopt(globals(), settings, config, RULES, SHAPE, LAUNCH)
+    eval_interval = save_interval = log_interval = max_bad_steps = 0
+    path, saved = checkpoints.before(out_dir, inspect_step + 1)
+    init_from = 'resume'
+    if not saved:
+        init_from, weights = settings['init_from'], settings['weights']
+        print(f'no checkpoint from before step {inspect_step} is there: all is replayed, from the first')
 if init_from == 'auto':
-    init_from = 'resume' if checkpoints.exist(out_dir) else 'scratch'
+    init_from = config['init_from'] = 'resume' if checkpoints.exist(out_dir) else 'scratch'
     print(f'init_from: {init_from} (auto: {out_dir} holds {"a" if init_from == "resume" else "no"} checkpoint)')
 if test:
     paths = [path for path in checkpoint.split(',') if path] or [str(checkpoints.best(out_dir))]
     tested = {path: checkpoints.load(path) for path in paths}
     saved = next(iter(tested.values()))
 elif init_from == 'resume':
-    path, saved = checkpoints.newest(out_dir)
+    if not saved:
+        path, saved = checkpoints.newest(out_dir)
     print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
 elif init_from.endswith('.pt'):
     saved = checkpoints.load(init_from)
@@ -144,16 +162,16 @@ elif init_from.endswith('.pt'):
         'model': checkpoints.weights(saved, weights)}
 elif init_from != 'scratch':
     saved = pretrained.load(init_from)
-if saved:
-    shape = {name: saved['model_args'][name] for name in ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size')}
+if saved and inspect_step < 0:
     config = overrides.adopt(
-        globals(), saved.get('config', {}) | shape, config, RULES,
-        fixed=[name for name in shape if test or init_from == 'resume' or name != 'block_size'],  # GPT-2's can be cut
-        launch=('out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'weights', 'device', 'compile',
-                'backend'))
+        globals(), saved.get('config', {}) | {name: saved['model_args'][name] for name in SHAPE}, config, RULES,
+        fixed=[name for name in SHAPE if test or init_from == 'resume' or name != 'block_size'],  # GPT-2's can be cut
+        launch=LAUNCH)
+if init_from == 'resume':
+    config['init_from'] = saved.get('config', {}).get('init_from', 'scratch')  # how the run began
 
-if wandb_log:
-    overrides.require('wandb', 'wandb_log = True')
+if wandb_log and not is_errand:
+    check_wandb()
 dtype = devices.choose_dtype(dtype, device)
 if gradient_accumulation_steps % ranks.world_size:
     overrides.fail(f'gradient_accumulation_steps = {gradient_accumulation_steps}: it counts over all processes and '
@@ -169,10 +187,16 @@ data, meta = tokens.read_dataset(corpora.find_or_prepare(dataset), block_size)
 steps_per_epoch = batches.rows_per_epoch(len(data['train']), block_size, sampling) / rows_per_step
 
 
+def get_starts(split, step):
+    """Where all rows of a step begin in the text, of every micro-step and process."""
+    n = rewinds if inspect_step < 0 else max(rewinds, int(past.at('rewinds', step)))
+    return batches.window_starts(len(data[split]), block_size, rows_per_step, seed, step, sampling, n)
+
+
 def get_batch(split, step, micro_step):
     """x and y of one micro-step of this process, each (batch_size, block_size); y is x moved on by one token."""
     step, micro_step = step + micro_step // micro_steps, micro_step % micro_steps  # the one after the last
-    starts = batches.window_starts(len(data[split]), block_size, rows_per_step, seed, step, sampling, rewinds)
+    starts = get_starts(split, step)
     first = (micro_step * ranks.world_size + ranks.rank) * batch_size
     rows = batches.windows(data[split], starts[first:first + batch_size], block_size)  # (B, T + 1)
     rows = devices.send(rows, device)
@@ -211,12 +235,10 @@ optimizer = optimizers.adamw(raw_model, weight_decay, learning_rate, (beta1, bet
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 step, best_val_loss, rewinds = 0, math.inf, 0  # rewinds: how often the run went back over bad numbers
 bad_steps = torch.zeros(2, dtype=torch.int64, device=device)  # in a row up to now, and since the last iter line
-recent_losses = deque(maxlen=20)  # of the iter lines
 is_other_text = init_from == 'resume' and saved.get('config', {}).get('dataset', dataset) != dataset
 if init_from == 'resume':
     step, best_val_loss, rewinds = saved['iter_num'], float(saved['best_val_loss']), saved.get('rewinds', 0)
     bad_steps += torch.tensor(saved.get('bad_steps', [0, 0]), device=device)
-    recent_losses.extend(saved.get('recent_losses', []))
     checkpoints.restore(saved, raw_model, optimizer, scaler)
     averages.restore(average, saved)
 if is_other_text:
@@ -252,8 +274,7 @@ def get_lr(step):
 
 
 def evaluate():
-    has_average = average is not None and average.n_averaged > 0
-    evaluated = average.module if has_average else raw_model  # best.pt goes by it
+    evaluated = averages.smoothed(raw_model, average)  # best.pt goes by it
     rows = {'val': eval_iters * batch_size, 'train': eval_iters * batch_size or len(data['val']) // block_size}
     figures = {}
     for split in 'train', 'val':
@@ -261,7 +282,7 @@ def evaluate():
             evaluated, data[split], block_size, batch_size, rows[split], device, dtype)
     line = (f'step {step}: train loss {figures["train/loss"]:.4f}, val loss {figures["val/loss"]:.4f}, '
             f'val accuracy {figures["val/accuracy"]:.2%}')
-    if has_average:
+    if evaluated is not raw_model:
         figures['raw/val/loss'], _ = evaluation.measure(
             raw_model, data['val'], block_size, batch_size, rows['val'], device, dtype)
         line += f', raw val loss {figures["raw/val/loss"]:.4f} (the others are of the {average.kind})'
@@ -277,7 +298,7 @@ if eval_only:
 # a look before training
 
 X, Y = get_batch('train', step, 0)
-seconds = errands.first_look(model, raw_model, X, Y, meta, device, dtype, init_from == 'scratch')
+seconds = errands.first_look(model, raw_model, X, Y, meta, device, dtype, dry_run and init_from == 'scratch')
 print(f'a step: {batch_size} rows x {gradient_accumulation_steps} micro-steps x {block_size} tokens = '
       f'{tokens_per_step:,} tokens')
 print(f'the run: {max_iters:,} steps = {max_iters / steps_per_epoch:.2f} epochs of {len(data["train"]):,} tokens, '
@@ -289,28 +310,34 @@ if step >= max_iters:
 if dry_run:
     ranks.leave()
 
-ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=init_from != 'resume'))
-journal.open(out_dir, wandb_run_name or Path(out_dir).name, config, tensorboard, wandb_project if wandb_log else '')
-if ranks.is_main:
-    provenance.record(out_dir, config, step)
-    checkpoints.move_later_aside(out_dir, step, best_too=is_other_text)
+if not is_errand:
+    ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=init_from != 'resume'))
+    facts = {'vocab_size': model_args['vocab_size'], 'parameters': raw_model.count_params(),
+             'tokens_per_step': tokens_per_step, 'unigram_entropy': tokens.unigram_entropy(data['train'])}
+    journal.open(out_dir, config, facts, step if init_from == 'resume' else None)
+    journal.show('model', raw_model, X[:1, :8])
+    if ranks.is_main:
+        provenance.record(out_dir, config, facts, step, journal.places())
+        checkpoints.move_later_aside(out_dir, step, best_too=is_other_text)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training: steps are numbered by the updates made so far, so `step` 0 is the untrained model and max_iters the last
 
 signals.listen()
-clock, steps_timed, is_saved = time.perf_counter(), 0, True
+clock, steps_timed, data_seconds, is_saved = time.perf_counter(), 0, 0.0, True
+norms_of_bad = torch.zeros(len(list(raw_model.parameters())), device=device)  # of the last bad step's gradients
 while True:
     # bad steps are skipped, see below; where they do not end, go back to before them, with other text from there on
     if max_bad_steps and step % max_bad_steps == 0 and bad_steps[0] >= max_bad_steps:  # seldom, since it waits
         if rewinds:
-            print(diagnosis.bad_numbers(step, int(bad_steps[0]), learning_rate, dtype))
+            print(diagnosis.stopped_by_bad_numbers(step, int(bad_steps[0]), learning_rate, dtype))
             journal.close()
             ranks.leave(1)
         went_back_to = errands.go_back(out_dir, step - int(bad_steps[0]), raw_model, optimizer, scaler, average)
         if went_back_to is not None:
             step, first_new_step = went_back_to, went_back_to + 1
         rewinds += 1
+        journal.go_back(step, rewinds)
         bad_steps[0] = 0
         X, Y = get_batch('train', step, 0)
 
@@ -338,13 +365,15 @@ while True:
                 'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                 **averages.state(average), 'model_args': model_args, 'iter_num': step, 'best_val_loss': best_val_loss,
                 'config': config, 'meta': meta, 'epoch': step / steps_per_epoch, 'rewinds': rewinds,
-                'bad_steps': bad_steps.tolist(), 'recent_losses': list(recent_losses),
+                'bad_steps': bad_steps.tolist(),
                 'random_states': checkpoints.random_states(), 'versions': provenance.versions(),
             }, out_dir, names, stop_on_error=save_errors == 'stop')
             if is_saved:
                 checkpoints.prune(out_dir, keep_last)
             else:
                 best_val_loss = best_before  # what could not be kept may be beaten by less
+    if is_evaluated and journal.is_watched:
+        errands.show_inside(journal, step, averages.smoothed(raw_model, average), data['val'], meta, device, is_last)
     if asked in signals.STOP:
         errands.show_how_to_go_on(asked, step, out_dir)
         journal.close()
@@ -352,56 +381,78 @@ while True:
     if is_last:
         break
     if is_evaluated or is_due or asked:
-        clock, steps_timed = time.perf_counter(), 0
+        clock, steps_timed, data_seconds = time.perf_counter(), 0, 0.0
 
     # one step: the mean gradient of all its rows, a micro-step at a time
+    if step == inspect_step:
+        errands.show_rows(raw_model, data['train'], get_starts('train', step), meta, batch_size, device, dtype)
     torch.manual_seed(batches.torch_seed(seed, step, ranks.rank))  # dropout draws anew, so a resume needs no history
     loss_of_step = 0.0
     for micro_step in range(micro_steps):
+        if debug_nan:
+            errands.check_ids(X, Y, model_args['vocab_size'], step, micro_step)
         ranks.exchange_gradients(model, micro_step == micro_steps - 1)  # once a step is enough
         with devices.autocast(device, dtype):
             _, loss = model(X, Y)
             loss = loss / micro_steps  # all micro-steps have the same number of targets
+        before_batch = time.perf_counter()
         X, Y = get_batch('train', step, micro_step + 1)  # the next one, while the device works on this one
+        data_seconds += time.perf_counter() - before_batch
         scaler.scale(loss).backward()
         loss_of_step += loss.detach()
     loss_of_step = ranks.total(loss_of_step) / ranks.world_size
     scaler.unscale_(optimizer)  # the norm must be that of the true gradients
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    norms = gradients.norms(raw_model)  # of each parameter's, before clipping
+    grad_norm = torch.linalg.vector_norm(norms)
+    torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip or math.inf, grad_norm)
 
     # a bad number on any rank makes loss or norm bad on all: then nothing moves, neither weights, moments nor average
     is_good = torch.isfinite(loss_of_step) & torch.isfinite(grad_norm)  # stays on the device
+    is_logged = log_interval and (step % log_interval == 0 or step + 1 == max_iters) or step == inspect_step
+    weights_before = gradients.sample(raw_model) if is_logged else None
     optimizers.step(optimizer, is_good)
     if average and step >= swa_start and is_good:
         average.update_parameters(raw_model)
     # while float16's scale is above 1, a norm that overflows only lowers it, and is no bad step
     is_bad = ~torch.isfinite(loss_of_step) if scaler.get_scale() > 1 else ~is_good
     bad_steps = torch.stack([(bad_steps[0] + 1) * is_bad, bad_steps[1] + is_bad])
+    norms_of_bad = torch.where(is_bad, norms, norms_of_bad)
+    if debug_nan and is_bad:
+        errands.hunt(raw_model, [get_batch('train', step, i) for i in range(micro_steps)], step,
+                     norms, batches.torch_seed(seed, step, ranks.rank), scaler, device, dtype)
+        journal.close()
+        ranks.leave(1)
     scaler.update(scaler.get_scale() if scaler.is_enabled() and is_bad else None)  # these are no fault of the scale
-    optimizer.zero_grad(set_to_none=True)
     steps_timed += 1
 
     # log; reading the loss waits for the device, so the steps in between stay unread
-    if log_interval and (step % log_interval == 0 or step + 1 == max_iters):
+    if log_interval:
+        journal.update(step, loss_of_step, grad_norm, lr)
+    if is_logged:
         loss_of_step = loss_of_step.item()
         seconds = (time.perf_counter() - clock) / steps_timed
+        layers = gradients.by_layer(raw_model, norms, weights_before)
+        if step == inspect_step:
+            errands.show_step(past, step, {'loss': loss_of_step, 'grad_norm': grad_norm.item(), 'lr': lr} | layers)
+            ranks.leave()
         rate = tokens_per_step / seconds
         mfu = flops_per_step / seconds / (devices.peak_flops(device, dtype) * ranks.world_size)
         epoch = (step + 1) / steps_per_epoch
         print(f'iter {step}: loss {loss_of_step:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu:.2%}, lr {lr:.1e}, '
               f'norm {grad_norm:.2f}, {short(rate)} tok/s, eta {duration(seconds * (max_iters - step - 1))}, '
               f'epoch {epoch:.2f}')
-        journal.record(step, {'loss': loss_of_step, 'lr': lr, 'grad_norm': grad_norm.item(), 'time_ms': seconds * 1000,
-                              'tokens_per_second': rate, 'mfu': mfu, 'epoch': epoch, 'bad_steps': int(bad_steps[1])})
+        journal.read({'time_ms': seconds * 1000, 'data_ms': data_seconds / steps_timed * 1000,
+                      'tokens_per_second': rate, 'mfu': mfu, 'epoch': epoch, 'bad_steps': int(bad_steps[1])}
+                     | layers | devices.usage(device))
         if bad_steps[1]:
             print(f'WARNING: bad numbers: the loss or the gradient of {int(bad_steps[1])} of the steps up to {step} '
-                  'was not finite; they were skipped')
+                  f'was not finite; they were skipped. The last of them: {gradients.at_fault(raw_model, norms_of_bad)}')
             bad_steps[1] = 0
-        if math.isfinite(loss_of_step):
-            if spike := diagnosis.spike(recent_losses, loss_of_step):
-                print(f'WARNING: iter {step}: {spike}')
-            recent_losses.append(loss_of_step)
-        clock, steps_timed = time.perf_counter(), 0
+        clock, steps_timed, data_seconds = time.perf_counter(), 0, 0.0
+    if is_evaluated and journal.is_watched:
+        journal.show('histograms', step, gradients.values(raw_model))
+        clock, steps_timed, data_seconds = time.perf_counter(), 0, 0.0
+    optimizer.zero_grad(set_to_none=True)
     step += 1
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,7 +460,8 @@ while True:
 
 signals.obey()
 if ranks.is_main:
-    errands.show_sample(average.module if average else raw_model, meta, device, dtype)
+    errands.show_sample(averages.smoothed(raw_model, average), meta, device, dtype)
+    print('\n'.join(diagnosis.verdict(journal.history)))
     errands.show_next_commands(out_dir)
 journal.close()
 ranks.leave(0 if is_saved else 1)  # 1: the last state could not be saved

@@ -31,6 +31,11 @@ def running(model, ema_decay, swa_start):
     return average.requires_grad_(False)
 
 
+def smoothed(model, average):
+    """The average as a model, once it has averaged anything; before that, or where there is none, model itself."""
+    return average.module if average is not None and average.n_averaged > 0 else model
+
+
 def state(average):
     """What a checkpoint keeps of a running average; nothing before its first update."""
     if average is None or not average.n_averaged:

@@ -238,16 +238,21 @@ def newest(folder):
 
 
 def before(folder, step):
-    """(path, checkpoint), the newest that is whole and of an earlier step; (None, None) where there is none."""
+    """(path, checkpoint), the newest that is whole and of an earlier step; (None, {}) where there is none."""
     def choose():
-        steps = {path: peek(path).get('iter_num', math.inf) for path in candidates(folder)}
-        for path in sorted((path for path in steps if steps[path] < step), key=steps.get, reverse=True):
-            with suppress(Damaged):
+        found = [path for path in candidates(folder) if os.path.isfile(path)]
+        steps = {path: peek(path).get('iter_num', math.inf) for path in found}  # inf: it cannot be read, and is named
+        for path in sorted(found, key=steps.get, reverse=True):
+            if step <= steps[path] < math.inf:
+                continue
+            try:
                 mine.append(read(path, resume=True))
                 return path
+            except Damaged as error:
+                print(f'WARNING: {error}')
     mine = []
     path = ranks.from_main(choose)
-    return path, mine[0] if mine else load(path, resume=True) if path else None
+    return path, mine[0] if mine else load(path, resume=True) if path else {}
 
 
 def best(folder):

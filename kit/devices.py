@@ -5,10 +5,11 @@ Which device, number format and compiler a run takes. Chosen by fixed rules; eac
 import importlib.util
 import re
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 
 import numpy as np
+import psutil
 import torch
 
 from kit.overrides import fail
@@ -145,3 +146,19 @@ def estimate_memory(n_params, tokens, config, dtype, device):
         activations += config.n_layer * config.n_head * config.block_size * 5 * size
     logits = config.vocab_size * (size + 8)  # and their gradient and softmax in float32
     return 16 * n_params + tokens * (activations + logits)
+
+
+def usage(device):
+    """Memory in GiB, and how busy the machine is, under the names of metrics.jsonl."""
+    this = psutil.Process()
+    figures = {'system/cpu_memory_gib': this.memory_info().rss / 2**30,
+               'system/cpu_free_gib': psutil.virtual_memory().available / 2**30,
+               'system/cpu_percent': psutil.cpu_percent()}  # of all cores, since the last call
+    if device.type == 'cuda':
+        free, total = torch.cuda.mem_get_info(device)
+        figures |= {'system/gpu_memory_gib': torch.cuda.memory_allocated(device) / 2**30,
+                    'system/gpu_peak_gib': torch.cuda.max_memory_allocated(device) / 2**30,
+                    'system/gpu_used_gib': (total - free) / 2**30}  # by all processes
+        with suppress(ModuleNotFoundError, RuntimeError):  # it takes nvidia-ml-py
+            figures['system/gpu_percent'] = torch.cuda.utilization(device)
+    return figures

@@ -3,13 +3,33 @@
 import math
 import shlex
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from kit import averages, checkpoints, devices, evaluation, ranks, tokens
+from kit import (
+    averages,
+    batches,
+    checkpoints,
+    devices,
+    evaluation,
+    gradients,
+    overrides,
+    pictures,
+    provenance,
+    ranks,
+    runlogs,
+    tokens,
+)
+from kit.diagnosis import FIRST_LOSS_OFF, History
 
-FIRST_LOSS_OFF = 0.5  # nats: GPT-2's initialisation starts within 0.1 of a fair guess, a broken one far from it
+SAMPLE_LENGTH = 100  # tokens of the texts that TensorBoard and W&B show
+EMBEDDINGS = 2000  # as many token vectors as TensorBoard's projector moves about with ease
+ATTENTION_TOKENS = 48  # of the row whose attention is shown
+ROWS_SHOWN, EXCERPT = 8, 160  # of a replayed step: rows, and tokens of a long one
+AROUND, LINES_AROUND = 51, 11  # updates that a replayed one is compared with, and iter lines, itself among them
 
 
 def first_look(model, raw_model, x, y, meta, device, dtype, from_scratch):
@@ -85,6 +105,144 @@ def go_back(out_dir, first_bad, model, optimizer, scaler, average):
     return step
 
 
+def show_inside(journal, step, model, data, meta, device, is_last):
+    """
+    A text of the model's own for TensorBoard and W&B, and now and then, with a hundredth of the time that the run
+    takes, pictures: attention, loss curve, token embeddings. Draws from torch's generator.
+    """
+    start = time.time()
+    ids = torch.from_numpy(data[:min(model.config.block_size, ATTENTION_TOKENS)].astype(np.int64)).to(device)
+    n_vectors = min(EMBEDDINGS, meta['vocab_size'])
+    try:
+        text = tokens.tokenizer(meta['tokenizer'])
+        label = lambda i: shown(tokens.decode(text, [int(i)]))
+        journal.show('text', step, 'Samples', lambda: write(model, text, SAMPLE_LENGTH, device, 'float32'))
+    except (OSError, ValueError):  # the tokenizer had to be downloaded, or knows no line break
+        label = str
+    if is_last or start > journal.pictures_due:
+        journal.show('image', step, 'Attention', lambda: pictures.attention(
+            evaluation.attention(model, ids), [label(i) for i in ids.tolist()]))
+        journal.show('image', step, 'Loss_curve', lambda: pictures.loss_curve(journal.history, f'step {step}'))
+        vectors = model.transformer.wte.weight[:n_vectors].detach().float().cpu()
+        journal.show('embedding', step, 'Tokens', vectors, [label(i) for i in range(n_vectors)])
+        journal.pictures_due = time.time() + 100 * (time.time() - start)
+
+
+def shown(text):
+    """A token as a label: line breaks as they are written in code, blanks in quotes."""
+    return repr(text)[1:-1] if text.strip(' ') else repr(text)
+
+
+def find_past(out_dir, step):
+    """
+    (settings, history) of the run in out_dir for a replay of one of its steps; the settings are those that the step was
+    made with: a checkpoint from after it has them, else the last launch.
+    """
+    kept = {checkpoints.peek(path).get('iter_num', -1): path for path in checkpoints.candidates(out_dir)}
+    made = max(kept)
+    history = History()
+    with suppress(OSError), open(Path(out_dir) / 'metrics.jsonl', encoding='utf-8', errors='replace') as lines:
+        runlogs.read_metrics(lines, history)
+    made = max([made, *(history.get('loss')[0] + 1)])
+    after = [number for number in kept if number > step]
+    settings = checkpoints.peek(kept[min(after)])['config'] if after else provenance.read(out_dir).get('settings')
+    if made < 0 or not settings:
+        overrides.fail(f'{out_dir} holds no run; --out_dir=FOLDER names one')
+    if step >= made:
+        overrides.fail(f'inspect_step = {step}: the run in {out_dir} has made the steps 0 to {made - 1}')
+    begin = settings.get('init_from')
+    return settings | {'init_from': 'scratch' if begin in (None, 'auto', 'resume') else begin}, history
+
+
+def show_rows(model, data, starts, meta, batch_size, device, dtype):
+    """
+    The rows of a step, those that begin at starts, as text: the costliest first, their costliest tokens in [[ ]].
+    """
+    rows = batches.windows(data, starts, model.config.block_size)  # (n, T + 1)
+    losses = evaluation.token_losses(model, rows, batch_size, device, dtype)  # (n, T)
+    order = losses.mean(axis=1).argsort()[::-1]
+    print(f'the {len(rows)} rows of this step, by their loss before the update (nats a token, without dropout)'
+          + (f'; the first {ROWS_SHOWN}' if len(rows) > ROWS_SHOWN else ''))
+    try:
+        text = tokens.tokenizer(meta['tokenizer'])
+        decode = lambda ids: tokens.decode(text, ids)
+    except OSError:
+        decode = lambda ids: ''.join(f' {i}' for i in ids)
+    for place, i in enumerate(order[:ROWS_SHOWN], 1):
+        worst = set(losses[i].argsort()[::-1][:3] + 1)  # places in the row, whose first token is no target
+        # of a long row the part with the highest loss
+        length = min(EXCERPT, losses.shape[1])
+        first = int(np.convolve(losses[i], np.ones(length), 'valid').argmax())
+        piece = ''.join(f'[[{word}]]' if t in worst else word for t in range(first, first + length + 1)
+                        for word in [repr(decode([int(rows[i, t])]))[1:-1]])
+        told = ', '.join(f'{decode([int(rows[i, t])])!r} {losses[i, t - 1]:.2f}' for t in sorted(worst))
+        print(f'{place:3}. loss {losses[i].mean():.4f}, tokens {starts[i]:,} to {starts[i] + rows.shape[1] - 1:,} of '
+              f'train: {piece}\n     costliest: {told}')
+
+
+def show_step(past, step, figures):
+    """What a replayed step did: each figure beside what the log says, and the median of the steps around it."""
+    print(f'step {step}, replayed:')
+    print(f'  {"":22} {"here":>12} {"logged":>12} {"median around":>14}')
+    for name, value in figures.items():
+        steps, values = past.get(name)
+        near = np.abs(steps - step).argsort(kind='stable')[:AROUND if '/' not in name else LINES_AROUND]
+        others = values[near][steps[near] != step]
+        others = others[np.isfinite(others)]
+        logged = values[steps == step]
+        print(f'  {name:22} {value:12.5g} ' + (f'{logged[0]:12.5g} ' if len(logged) else f'{"-":>12} ')
+              + (f'{np.median(others):14.5g}' if len(others) else f'{"-":>14}'))
+    steps, values = past.get('loss')
+    logged = values[steps == step]
+    if not len(logged):
+        print('the log does not hold the loss of this step')
+    elif logged[0] == figures['loss'] or math.isnan(logged[0]) and not math.isfinite(figures['loss']):
+        print('the loss is the logged one, bit for bit: this is what happened')
+    else:
+        print(f'WARNING: the loss is not the logged one, it differs by {abs(logged[0] - figures["loss"]):.2g}: another '
+              'device, --compile, number of processes or threads, or weights that have changed where the run began')
+
+
+def check_ids(x, y, vocab_size, step, micro_step):
+    """End the script where a batch holds ids that the model does not know. Waits for the device."""
+    for name, ids, lowest in ('x', x, 0), ('y', y, -1):
+        wrong = ((ids < lowest) | (ids >= vocab_size)).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            print(f'debug_nan: step {step}, micro-step {micro_step}: the data: {name}[{row}, {column}] is the id '
+                  f'{ids[row, column]}, and the model knows 0 to {vocab_size - 1}; {len(wrong)} such in {name}')
+            ranks.leave(1)
+
+
+def hunt(model, batches_of_step, step, norms, seed, scaler, device, dtype):
+    """
+    Make a step again that met a bad number, and say where it came up first: forward, loss or backward. norms: of the
+    parameters' gradients as they were, for a number that does not come up again.
+    """
+    at_fault = gradients.at_fault(model, norms)
+    found = []
+    for name, p in model.named_parameters():
+        if bad := gradients.count_bad(p.detach()):
+            found.append(f'the weights: parameter {name} held {bad} before the step')
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    for micro_step, (x, y) in enumerate(batches_of_step):
+        if found:
+            break
+        watch = gradients.Hunt(model)
+        with watch:
+            with devices.autocast(device, dtype):
+                _, loss = model.forward(x, y)  # not what torch.compile made of it
+            scaler.scale(loss / len(batches_of_step)).backward()
+        watch.close()
+        if watch.found:
+            found.append(f'micro-step {micro_step}: {watch.found}')
+    for rank, words in enumerate(ranks.from_all(found)):
+        print(f'debug_nan: step {step}{f", rank {rank}" if ranks.world_size > 1 else ""}: '
+              + (words[0] if words else 'made again, its forward and backward pass give no bad number: what comes '
+                                        f'behind them does, or what is compiled. {at_fault}'))
+
+
 def show_how_to_go_on(signal, step, out_dir):
     """What a run says that a signal has stopped."""
     where = '' if out_dir == 'checkpoints' else f' --out_dir={shlex.quote(out_dir)}'
@@ -97,18 +255,22 @@ def show_how_to_go_on(signal, step, out_dir):
         print(f'{signal}: stopped after {step} steps; there is nothing to go on from yet')
 
 
-def show_sample(model, meta, device, dtype, length=400):
+def show_sample(model, meta, device, dtype):
     """Print a text of the model's own, as sample.py would begin it: after a line break."""
     try:
-        text = tokens.tokenizer(meta['tokenizer'])
-        prompt = text.encode('\n')
+        print(f'\na sample of its own:\n{write(model, tokens.tokenizer(meta["tokenizer"]), 400, device, dtype)}\n')
     except (OSError, ValueError) as error:  # the tokenizer had to be downloaded, or knows no line break
         print(f'no sample: {error}')
-        return
+
+
+def write(model, text, length, device, dtype):
+    """What the model writes after a line break, so many tokens; text: a tokenizer. Draws from torch's generator."""
+    was_training = model.training
     model.eval()
     with devices.autocast(device, dtype):
-        ids = model.generate(torch.tensor([prompt], device=device), length, temperature=0.8, n_ids=text.size)
-    print(f'\na sample of its own:\n{tokens.decode(text, ids[0].tolist())}\n')
+        ids = model.generate(torch.tensor([text.encode('\n')], device=device), length, temperature=0.8, n_ids=text.size)
+    model.train(was_training)
+    return tokens.decode(text, ids[0].tolist())
 
 
 def show_next_commands(out_dir):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from kit import batches, devices, ranks
 
@@ -58,3 +59,45 @@ def measure(model, data, block_size, batch_size, rows, device, dtype):
     model.train(was_training)
     loss, right, count = ranks.total(sums).tolist()
     return loss / count, right / count
+
+
+@torch.no_grad()
+def token_losses(model, rows, batch_size, device, dtype):
+    """The loss of every target of rows (n, T + 1), without dropout: (n, T) float32, in nats."""
+    was_training = model.training
+    model.eval()
+    losses = []
+    for i in range(0, len(rows), batch_size):
+        tokens = devices.send(rows[i:i + batch_size], device)
+        with devices.autocast(device, dtype):
+            logits, _ = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        losses.append(F.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction='none').cpu())
+    model.train(was_training)
+    return torch.cat(losses).numpy()
+
+
+class AttentionMaps(TorchFunctionMode):
+    """While it is entered, computes what scaled_dot_product_attention does not give: who looks where."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps = []  # of each layer: (B, H, T, T), a row sums to 1
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            q, k = args[:2]
+            scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            self.maps.append(scores.masked_fill(future, -math.inf).softmax(dim=-1))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def attention(model, ids):
+    """The attention of every layer and head over one row of ids (T,): an array (L, H, T, T); causal."""
+    was_training = model.training
+    model.eval()
+    with AttentionMaps() as seen:
+        model.hidden(ids[None])  # in float32: nothing is compiled or cast here
+    model.train(was_training)
+    return torch.stack(seen.maps)[:, 0].cpu().numpy()

@@ -15,26 +15,26 @@ import torch
 from kit.overrides import HOUSE
 
 
-def record(folder, config, step):
+def record(folder, config, facts, step, sinks):
     """
     Write both into the folder of a run. One that goes on adds its launch to config.json; where it runs other code,
     that comes beside the first as source_0002000.zip, after the step from which on it ran. No archive is written over.
+    facts: what else is known of the run. sinks: {name: where this launch writes}, for a resume to go on there.
     """
     folder = Path(folder)
-    try:
-        launches = list(json.loads((folder / 'config.json').read_text(encoding='utf-8'))['launches'])
-    except (OSError, ValueError, KeyError, TypeError):
-        launches = []
+    launches = read(folder).get('launches', [])
     code = collect_source()
     names = ['source.zip', f'source_{step:07d}.zip', *(f'source_{step:07d}.{i}.zip' for i in range(1, 1000))]
     source = next(folder / name for name in names if read_source(folder / name) in (None, code))
     launches.append({
         'step': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S %z'), 'command': [sys.executable, *sys.argv],
         'source': source.name, 'git': commit(), 'versions': versions(), 'machine': machine(),
+        'sinks': sinks,
     })
     try:
         part = folder / '.launch.part'
-        part.write_text(json.dumps({'settings': config, 'launches': launches}, indent=1) + '\n', encoding='utf-8')
+        part.write_text(json.dumps({'settings': config, 'facts': facts, 'launches': launches}, indent=1) + '\n',
+                        encoding='utf-8')
         os.replace(part, folder / 'config.json')
         if not source.exists():
             with zipfile.ZipFile(part, 'w', zipfile.ZIP_DEFLATED) as archive:
@@ -43,6 +43,16 @@ def record(folder, config, step):
             os.replace(part, source)
     except OSError as error:
         print(f'WARNING: config.json or source.zip could not be written to {folder} ({error.strerror})')
+
+
+def read(folder):
+    """config.json of a run: {'settings', 'facts', 'launches'}; {} where there is none that can be read."""
+    try:
+        found = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
+        return {name: kind(found.get(name, ())) for name, kind in (('settings', dict), ('facts', dict),
+                                                                   ('launches', list))}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def collect_source():

@@ -92,6 +92,16 @@ def from_main(find):
     return told[0]
 
 
+def from_all(thing):
+    """What each of the processes gives here, as a list on all of them."""
+    if world_size == 1:
+        return [thing]
+    import torch.distributed as dist
+    things = [None] * world_size
+    dist.all_gather_object(things, thing, group=between_hosts)
+    return things
+
+
 def leave(status=0):
     """End the script, all processes together. To be called where nothing is left to close."""
     if world_size > 1:

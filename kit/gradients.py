@@ -1,0 +1,137 @@
+"""
+What the gradients look like: their norms by parameter and by layer, how far an update moves the weights, histograms,
+and the hunt for the first bad number. Nothing here waits for the device but what says so.
+"""
+
+import math
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+SAMPLE = 1 << 15  # values of a parameter that stand for all of it where an estimate will do
+
+
+def norms(model):
+    """(n,) norms of the gradients of model.parameters(), 0 where one has none; one fused pass, as clip_grad_norm_'s."""
+    parameters = list(model.parameters())
+    nothing = torch.zeros((), device=parameters[0].device)
+    found = iter(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
+    return torch.stack([nothing if p.grad is None else next(found) for p in parameters])
+
+
+def layer(name):
+    """The layer of a parameter: transformer.h.3.mlp.c_fc.weight -> h.3, transformer.wte.weight -> wte."""
+    words = name.removeprefix('transformer.').split('.')
+    return '.'.join(words[:2]) if words[1].isdigit() else words[0]
+
+
+def sample(model):
+    """Some weights of each parameter, evenly spread and at most SAMPLE: copies, to be compared after an update."""
+    return [spread(p.detach()).clone() for p in model.parameters()]
+
+
+def spread(tensor):
+    return tensor.flatten()[::math.ceil(tensor.numel() / SAMPLE)]
+
+
+def by_layer(model, norms, before):
+    """
+    {'grad_norm/<layer>': norm of its gradient, 'update_ratio/<layer>': norm of the update / norm of the weights} after
+    an update; norms: of the parameters' gradients, before: a sample of the weights as they were. Waits for the device.
+    """
+    moved = torch._foreach_norm(torch._foreach_sub([spread(p.detach()) for p in model.parameters()], before))
+    rows = torch.stack([norms, torch.stack(moved), torch.stack(torch._foreach_norm(before))], dim=1).tolist()
+    sums = {}  # of squares
+    for (name, p), (gradient, move, size), some in zip(model.named_parameters(), rows, before):
+        share = p.numel() / some.numel()
+        of_layer = sums.setdefault(layer(name), [0.0, 0.0, 0.0])
+        for i, square in enumerate((gradient**2, share * move**2, share * size**2)):
+            of_layer[i] += square
+    return ({f'grad_norm/{name}': math.sqrt(gradient) for name, (gradient, _, _) in sums.items()}
+            | {f'update_ratio/{name}': math.sqrt(move / max(size, 1e-30)) for name, (_, move, size) in sums.items()})
+
+
+def values(model):
+    """
+    {"Parameters/<name>": array, "Gradients/<name>": array} of at most SAMPLE values of each, for histograms. After
+    an update, so the gradients are as they were clipped; bad numbers are left out. Waits for the device.
+    """
+    found = {}
+    for name, p in model.named_parameters():
+        for kind, tensor in ('Parameters', p.detach()), ('Gradients', p.grad):
+            if tensor is not None:
+                some = spread(tensor).float()
+                found[f'{kind}/{name}'] = some[some.isfinite()].cpu().numpy()
+    return found
+
+
+def at_fault(model, norms):
+    """Words for which gradients are not finite. norms: of the parameters. Waits for the device."""
+    names = [name for name, _ in model.named_parameters()]
+    bad = [name for name, norm in zip(names, norms.tolist()) if not math.isfinite(norm)]
+    if len(bad) == len(names):
+        return f'the gradients of all {len(names)} parameters: the loss itself was bad, or its first gradient'
+    if not bad:
+        return 'no gradient: each is finite, and their norm or the loss is not'
+    more = f' and {len(bad) - 5} more' if len(bad) > 5 else ''
+    return f'the gradient of {", ".join(bad[:5])}{more}, of {len(names)} parameters'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the hunt for the first bad number
+
+
+class Hunt(TorchFunctionMode):
+    """While it is entered, looks at all that the operations of a model give, forward and backward, for NaN and Inf."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.found = ''  # words for the first bad number
+        self.inside = []  # the modules that are at work, the innermost last
+        self.readers = {}  # id of a tensor: the place that read it
+        self.kept = []  # all tensors, so that no id comes twice
+        self.hooks = []
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                self.hooks.append(p.register_hook(self.look_back(f'parameter {name}', p)))
+        for name, module in model.named_modules():
+            self.hooks += [module.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name)),
+                           module.register_forward_hook(self.leave)]
+
+    def leave(self, *_):
+        self.inside.pop()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if self.found or not isinstance(out, torch.Tensor) or not out.is_floating_point():
+            return out
+        place = func.__name__ + (f' in {self.inside[-1] or "the model"}' if self.inside else '')
+        place += ' (the loss)' if out.dim() == 0 else ''
+        self.readers |= {id(tensor): place for tensor in args if isinstance(tensor, torch.Tensor)}
+        self.kept.append(out)
+        with torch._C.DisableTorchFunctionSubclass():
+            if bad := count_bad(out):
+                self.found = f'the forward pass: what {place} gave holds {bad}; all numbers before were finite'
+            elif out.requires_grad:
+                out.register_hook(self.look_back(f'what {place} gave', out))
+        return out
+
+    def look_back(self, place, tensor):
+        def look(gradient):
+            if not self.found and (bad := count_bad(gradient)):
+                reader = self.readers.get(id(tensor))
+                self.found = f'the backward pass: the gradient of {place} holds {bad}' + (
+                    f'; it came back through {reader}' if reader else '')
+        return look
+
+    def close(self):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def count_bad(tensor):
+    """'3 NaN, 1 Inf among 2,048 numbers', or '' where all are finite."""
+    if tensor.isfinite().all():
+        return ''
+    counts = (int(tensor.isnan().sum()), 'NaN'), (int(tensor.isinf().sum()), 'Inf')
+    return ', '.join(f'{n:,} {kind}' for n, kind in counts if n) + f' among {tensor.numel():,} numbers'
