@@ -35,9 +35,11 @@ def fail(message):
 
 
 def tell(kind, error, trace):
-    """Ctrl-C is no fault of the script's."""
+    """Ctrl-C is no fault of the script's, nor is `| head`, which has read enough."""
     if issubclass(kind, KeyboardInterrupt):
         print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     else:
         sys.__excepthook__(kind, error, trace)
 

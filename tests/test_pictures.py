@@ -3,10 +3,12 @@
 import json
 import math
 import random
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import HOUSE
 
 from kit import diagnosis, pictures, runlogs
 from kit.diagnosis import History
@@ -341,3 +343,11 @@ def test_bad_input_is_one_line(run, tmp_path, args, words):
     assert result.status == 2 and result.err.count('\n') == 1, result.err
     assert result.err.startswith('plot_loss.py: ') and words in result.err
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_reader_that_has_read_enough(trained, tiny):
+    """python plot_loss.py | head -1: no traceback, whoever is faster."""
+    for _ in range(2):
+        done = subprocess.run(f'{sys.executable} {HOUSE / "plot_loss.py"} | head -1', shell=True, cwd=tiny,
+                              capture_output=True, text=True)
+        assert done.stdout == 'wrote checkpoints/loss_curve.png\n' and done.stderr == ''
