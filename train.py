@@ -136,14 +136,10 @@ if not is_errand:  # what is read below must still be true when this run writes
     ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=False, may_write=False))
 saved = {}
 if inspect_step >= 0:  # with the settings that it was made with, from the last state before it
-    settings, past = ranks.from_main(lambda: errands.find_past(out_dir, inspect_step))
+    init_from, path, saved, settings, past = errands.find_past(out_dir, inspect_step)
     config = overrides.adopt(globals(), settings, config, RULES, SHAPE, LAUNCH)
+    weights = settings.get('weights', weights)
     eval_interval = save_interval = log_interval = max_bad_steps = 0
-    path, saved = checkpoints.before(out_dir, inspect_step + 1)
-    init_from = 'resume'
-    if not saved:
-        init_from, weights = settings['init_from'], settings['weights']
-        print(f'no checkpoint from before step {inspect_step} is there: all is replayed, from the first')
 if init_from == 'auto':
     init_from = config['init_from'] = 'resume' if checkpoints.exist(out_dir) else 'scratch'
     print(f'init_from: {init_from} (auto: {out_dir} holds {"a" if init_from == "resume" else "no"} checkpoint)')
@@ -372,7 +368,7 @@ while True:
                 checkpoints.prune(out_dir, keep_last)
             else:
                 best_val_loss = best_before  # what could not be kept may be beaten by less
-    if is_evaluated and journal.is_watched:
+    if is_evaluated:
         errands.show_inside(journal, step, averages.smoothed(raw_model, average), data['val'], meta, device, is_last)
     if asked in signals.STOP:
         errands.show_how_to_go_on(asked, step, out_dir)
@@ -448,9 +444,9 @@ while True:
             print(f'WARNING: bad numbers: the loss or the gradient of {int(bad_steps[1])} of the steps up to {step} '
                   f'was not finite; they were skipped. The last of them: {gradients.at_fault(raw_model, norms_of_bad)}')
             bad_steps[1] = 0
-        clock, steps_timed, data_seconds = time.perf_counter(), 0, 0.0
-    if is_evaluated and journal.is_watched:
-        journal.show('histograms', step, gradients.values(raw_model))
+    if is_evaluated:
+        journal.show('histograms', step, lambda: gradients.values(raw_model))
+    if is_logged or is_evaluated:
         clock, steps_timed, data_seconds = time.perf_counter(), 0, 0.0
     optimizer.zero_grad(set_to_none=True)
     step += 1

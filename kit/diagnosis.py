@@ -160,15 +160,17 @@ def loss_spike(h):
     if known.sum() <= FEWEST:
         return None
     filled = np.where(known, losses, np.median(losses[known]))
-    windows = [filled[:i] for i in range(FEWEST, min(WINDOW, len(filled)))]  # at the beginning there is less before
-    if len(filled) > WINDOW:
-        windows += [np.lib.stride_tricks.sliding_window_view(filled[:-1], WINDOW)]
-    middle = np.concatenate([np.atleast_1d(np.median(window, axis=-1)) for window in windows])
-    spread = np.concatenate([np.atleast_1d(np.median(abs(window - np.median(window, axis=-1, keepdims=True)), axis=-1))
+    first = max(FEWEST, np.searchsorted(steps, h.looked, 'right'))
+    windows = [filled[None, :i] for i in range(first, min(WINDOW, len(filled)))]  # at first there is less before
+    if len(filled) > max(first, WINDOW):
+        windows.append(np.lib.stride_tricks.sliding_window_view(filled[:-1], WINDOW)[max(0, first - WINDOW):])
+    if not windows:
+        return None
+    middle = np.concatenate([np.median(window, axis=1) for window in windows])
+    spread = np.concatenate([np.median(abs(window - np.median(window, axis=1, keepdims=True)), axis=1)
                              for window in windows])
-    edge = middle + np.maximum(SPIKE_SPREADS * spread, SPIKE_SHARE * middle)
-    steps, losses = steps[FEWEST:], losses[FEWEST:]
-    found = np.flatnonzero((losses > edge) & (steps > h.looked))
+    steps, losses = steps[first:], losses[first:]
+    found = np.flatnonzero(losses > middle + np.maximum(SPIKE_SPREADS * spread, SPIKE_SHARE * middle))
     if len(found):
         worst = found[(losses[found] / middle[found]).argmax()]
         return (f'the loss of step {steps[worst]} is {losses[worst]:.4f}, the updates before it had about '

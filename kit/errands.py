@@ -3,7 +3,6 @@
 import math
 import shlex
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from kit import (
     gradients,
     overrides,
     pictures,
-    provenance,
     ranks,
     runlogs,
     tokens,
@@ -110,6 +108,8 @@ def show_inside(journal, step, model, data, meta, device, is_last):
     A text of the model's own for TensorBoard and W&B, and now and then, with a hundredth of the time that the run
     takes, pictures: attention, loss curve, token embeddings. Draws from torch's generator.
     """
+    if not journal.sinks:
+        return
     start = time.time()
     ids = torch.from_numpy(data[:min(model.config.block_size, ATTENTION_TOKENS)].astype(np.int64)).to(device)
     n_vectors = min(EMBEDDINGS, meta['vocab_size'])
@@ -135,23 +135,29 @@ def shown(text):
 
 def find_past(out_dir, step):
     """
-    (settings, history) of the run in out_dir for a replay of one of its steps; the settings are those that the step was
+    Where a replay of a step of the run in out_dir begins: (init_from, path, checkpoint, settings, history), the newest
+    checkpoint up to that step or, where none is whole, where the run began. The settings are those that the step was
     made with: a checkpoint from after it has them, else the last launch.
     """
-    kept = {checkpoints.peek(path).get('iter_num', -1): path for path in checkpoints.candidates(out_dir)}
-    made = max(kept)
-    history = History()
-    with suppress(OSError), open(Path(out_dir) / 'metrics.jsonl', encoding='utf-8', errors='replace') as lines:
-        runlogs.read_metrics(lines, history)
-    made = max([made, *(history.get('loss')[0] + 1)])
-    after = [number for number in kept if number > step]
-    settings = checkpoints.peek(kept[min(after)])['config'] if after else provenance.read(out_dir).get('settings')
-    if made < 0 or not settings:
-        overrides.fail(f'{out_dir} holds no run; --out_dir=FOLDER names one')
-    if step >= made:
-        overrides.fail(f'inspect_step = {step}: the run in {out_dir} has made the steps 0 to {made - 1}')
+    def look():
+        kept = {checkpoints.peek(path).get('iter_num', -1): path for path in checkpoints.candidates(out_dir)}
+        history = History()
+        runlogs.read_records(out_dir, history)
+        made = max([*kept, *(history.get('loss')[0] + 1)])
+        after = [number for number in kept if number > step]
+        settings = checkpoints.peek(kept[min(after)])['config'] if after else runlogs.read_config(out_dir)['settings']
+        if made < 0 or not settings:
+            overrides.fail(f'{out_dir} holds no run; --out_dir=FOLDER names one')
+        if step >= made:
+            overrides.fail(f'inspect_step = {step}: the run in {out_dir} has made the steps 0 to {made - 1}')
+        return settings, history
+    settings, history = ranks.from_main(look)
+    path, saved = checkpoints.before(out_dir, step + 1)
+    if saved:
+        return 'resume', path, saved, settings, history
+    print(f'no checkpoint from before step {step} is there: all is replayed, from the first')
     begin = settings.get('init_from')
-    return settings | {'init_from': 'scratch' if begin in (None, 'auto', 'resume') else begin}, history
+    return 'scratch' if begin in (None, 'auto', 'resume') else begin, None, {}, settings, history
 
 
 def show_rows(model, data, starts, meta, batch_size, device, dtype):
@@ -265,11 +271,8 @@ def show_sample(model, meta, device, dtype):
 
 def write(model, text, length, device, dtype):
     """What the model writes after a line break, so many tokens; text: a tokenizer. Draws from torch's generator."""
-    was_training = model.training
-    model.eval()
-    with devices.autocast(device, dtype):
+    with evaluation.evaluating(model), devices.autocast(device, dtype):
         ids = model.generate(torch.tensor([text.encode('\n')], device=device), length, temperature=0.8, n_ids=text.size)
-    model.train(was_training)
     return tokens.decode(text, ids[0].tolist())
 
 

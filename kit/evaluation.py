@@ -1,6 +1,7 @@
 """What a model is worth on a split. The model comes in as an argument, the data as an array of ids."""
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -30,6 +31,17 @@ class Ensemble(torch.nn.Module):
         return total, F.nll_loss(total.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
+@contextmanager
+def evaluating(model):
+    """Without dropout; afterwards the model is as it was, whatever happened."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def measure(model, data, block_size, batch_size, rows, device, dtype):
     """
@@ -41,22 +53,20 @@ def measure(model, data, block_size, batch_size, rows, device, dtype):
     starts, skip = batches.evaluation_windows(len(data), block_size, rows)
     fill = -len(starts) % (batch_size * ranks.world_size)
     starts, skip = np.pad(starts, (0, fill)), np.pad(skip, (0, fill), constant_values=block_size)
-    was_training = model.training
-    model.eval()
     sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
-    for i in range(ranks.rank * batch_size, len(starts), ranks.world_size * batch_size):
-        here = slice(i, i + batch_size)
-        if (skip[here] == block_size).all():
-            continue
-        tokens = devices.send(batches.windows(data, starts[here], block_size), device)  # (B, T + 1)
-        x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        if skip[here].any():
-            y[torch.arange(block_size, device=device) < devices.send(skip[here, None], device)] = -1
-        with devices.autocast(device, dtype):
-            logits, loss = model(x, y)
-        count = (y >= 0).sum()
-        sums += torch.stack([loss * count, (logits.argmax(dim=-1) == y).sum(), count]).to(sums.dtype)
-    model.train(was_training)
+    with evaluating(model):
+        for i in range(ranks.rank * batch_size, len(starts), ranks.world_size * batch_size):
+            here = slice(i, i + batch_size)
+            if (skip[here] == block_size).all():
+                continue
+            tokens = devices.send(batches.windows(data, starts[here], block_size), device)  # (B, T + 1)
+            x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            if skip[here].any():
+                y[torch.arange(block_size, device=device) < devices.send(skip[here, None], device)] = -1
+            with devices.autocast(device, dtype):
+                logits, loss = model(x, y)
+            count = (y >= 0).sum()
+            sums += torch.stack([loss * count, (logits.argmax(dim=-1) == y).sum(), count]).to(sums.dtype)
     loss, right, count = ranks.total(sums).tolist()
     return loss / count, right / count
 
@@ -64,15 +74,12 @@ def measure(model, data, block_size, batch_size, rows, device, dtype):
 @torch.no_grad()
 def token_losses(model, rows, batch_size, device, dtype):
     """The loss of every target of rows (n, T + 1), without dropout: (n, T) float32, in nats."""
-    was_training = model.training
-    model.eval()
     losses = []
     for i in range(0, len(rows), batch_size):
         tokens = devices.send(rows[i:i + batch_size], device)
-        with devices.autocast(device, dtype):
+        with evaluating(model), devices.autocast(device, dtype):
             logits, _ = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         losses.append(F.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction='none').cpu())
-    model.train(was_training)
     return torch.cat(losses).numpy()
 
 
@@ -95,9 +102,6 @@ class AttentionMaps(TorchFunctionMode):
 @torch.no_grad()
 def attention(model, ids):
     """The attention of every layer and head over one row of ids (T,): an array (L, H, T, T); causal."""
-    was_training = model.training
-    model.eval()
-    with AttentionMaps() as seen:
+    with evaluating(model), AttentionMaps() as seen:
         model.hidden(ids[None])  # in float32: nothing is compiled or cast here
-    model.train(was_training)
     return torch.stack(seen.maps)[:, 0].cpu().numpy()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from kit import provenance, ranks, runlogs
+from kit import ranks, runlogs
 from kit.diagnosis import History
 from kit.overrides import fail, require
 
@@ -100,9 +100,8 @@ class Journal:
         self.metrics = open(out_dir / 'metrics.jsonl', 'a', encoding='utf-8', buffering=1)
         last = {}
         if step is not None:
-            last = next(reversed(provenance.read(out_dir).get('launches', [])), {}).get('sinks', {})
-            with suppress(OSError), open(out_dir / 'metrics.jsonl', encoding='utf-8', errors='replace') as lines:
-                runlogs.read_metrics(lines, self.history)
+            last = next(reversed(runlogs.read_config(out_dir)['launches']), {}).get('sinks', {})
+            runlogs.read_records(out_dir, self.history)
             self.history.cut(step)
             self.history.replay()  # what was said before the interruption need not be said again
             lines, _ = self.history.get('clip_rate', 1)
@@ -172,10 +171,6 @@ class Journal:
 
     # -----------------------------------------------------------------------------------------------------------------
     # what else there is to see, for TensorBoard and W&B
-
-    @property
-    def is_watched(self):
-        return bool(self.sinks)
 
     def show(self, what, *args):
         """

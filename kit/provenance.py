@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kit import runlogs
 from kit.overrides import HOUSE
 
 
@@ -22,7 +23,7 @@ def record(folder, config, facts, step, sinks):
     facts: what else is known of the run. sinks: {name: where this launch writes}, for a resume to go on there.
     """
     folder = Path(folder)
-    launches = read(folder).get('launches', [])
+    launches = runlogs.read_config(folder)['launches']
     code = collect_source()
     names = ['source.zip', f'source_{step:07d}.zip', *(f'source_{step:07d}.{i}.zip' for i in range(1, 1000))]
     source = next(folder / name for name in names if read_source(folder / name) in (None, code))
@@ -43,16 +44,6 @@ def record(folder, config, facts, step, sinks):
             os.replace(part, source)
     except OSError as error:
         print(f'WARNING: config.json or source.zip could not be written to {folder} ({error.strerror})')
-
-
-def read(folder):
-    """config.json of a run: {'settings', 'facts', 'launches'}; {} where there is none that can be read."""
-    try:
-        found = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
-        return {name: kind(found.get(name, ())) for name, kind in (('settings', dict), ('facts', dict),
-                                                                   ('launches', list))}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
 
 
 def collect_source():

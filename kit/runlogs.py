@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def read(path):
         logs = [path]
     else:
         logs = [path / name for name in ('metrics.jsonl', 'training.log') if (path / name).is_file()]
-        history.facts = read_facts(path / 'config.json')
+        history.facts = read_facts(path)
         if not logs:
             fail(f'{path} is no folder of a run: it holds neither metrics.jsonl nor training.log')
     for log in logs:
@@ -58,19 +59,32 @@ def read(path):
     fail(f'{logs[-1]} has no {what}')
 
 
-def read_facts(path):
-    """What config.json says of a run: its settings, and what came of them; {} where there is none."""
+def read_config(folder):
+    """config.json of a run: {'settings': {...}, 'facts': {...}, 'launches': [...]}, empty where it cannot be read."""
     try:
-        config = json.loads(path.read_text(encoding='utf-8', errors='replace'))
-        facts = config['settings'] | (config.get('facts') or {})
-        numbers = 'tokens_per_step', 'vocab_size', 'unigram_entropy', 'grad_clip', 'warmup_iters', 'learning_rate'
-        facts = {name: value for name, value in facts.items() if name not in numbers or type(value) in (int, float)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
+        found = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8', errors='replace'))
+        return {name: kind(found.get(name) or ()) for name, kind in (('settings', dict), ('facts', dict),
+                                                                     ('launches', list))}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {'settings': {}, 'facts': {}, 'launches': []}
+
+
+def read_facts(folder):
+    """What is known of a run: its settings, and what came of them."""
+    config = read_config(folder)
+    numbers = 'tokens_per_step', 'vocab_size', 'unigram_entropy', 'grad_clip', 'warmup_iters', 'learning_rate'
+    facts = {name: value for name, value in (config['settings'] | config['facts']).items()
+             if name not in numbers or type(value) in (int, float)}
     sizes = [facts.get(name) for name in ('batch_size', 'gradient_accumulation_steps', 'block_size')]
     if all(type(size) is int for size in sizes):
         facts.setdefault('tokens_per_step', math.prod(sizes))
     return facts
+
+
+def read_records(folder, history):
+    """Add the records of a run in a folder to a history; nothing where there are none."""
+    with suppress(OSError), open(Path(folder) / 'metrics.jsonl', encoding='utf-8', errors='replace') as lines:
+        read_metrics(lines, history)
 
 
 def read_metrics(lines, history):
