@@ -5,21 +5,60 @@ $ python plot_loss.py                                       the newest run here 
 $ python plot_loss.py exp1_baseline exp1_large_lr           several runs -> comparison.png here
 $ python plot_loss.py nanogpt.log --x=tokens                logs will do, nanoGPT's too
 $ python plot_loss.py exp1_baseline --layers                the gradients by layer as well -> layers.png
+$ python plot_loss.py --schedule config/train_gpt2.py       the learning rate of a run not made yet -> schedule.png
 """
 
+import shlex
 from pathlib import Path
 
-from kit import diagnosis, overrides, pictures, runlogs
+from kit import diagnosis, overrides, pictures, runlogs, schedules
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings; the bare words are runs: their folders, or logs
 
 x = 'steps'                 # what the curves run over: steps, tokens, time
 layers = False              # draw the gradient norm by layer too, as a heat map
+schedule = ''               # arguments for train.py: 'config/train_gpt2.py --lr_schedule=wsd'; their rate is drawn
 show = False                # open the pictures in a window
 
 runs = []
 overrides.apply(globals(), ['x in ("steps", "tokens", "time")'], operands=runs)
+
+is_shown = show and pictures.has_screen()
+if show and not is_shown:
+    print('no window: matplotlib finds no screen here; the pictures are in the files')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run that is still to be made has nothing but its rate
+
+if schedule:
+    if runs:
+        overrides.fail(f'{runs[0]}: --schedule is of a run to be made, and not drawn with others; in quotes it takes '
+                       "more arguments: --schedule='config/train_gpt2.py --max_iters=1000'")
+    try:
+        words = shlex.split(schedule)
+    except ValueError as error:
+        overrides.fail(f'schedule = {schedule!r}: {error}')
+    settings = overrides.settings_of(overrides.HOUSE / 'train.py', words)
+    warmup = schedules.check(settings)
+    rates = [schedules.rate(step, settings) for step in range(settings['max_iters'])]
+    path, name = Path('schedule.png'), f'{schedule}: {settings["lr_schedule"] if settings["decay_lr"] else "constant"}'
+    try:
+        pictures.schedule(rates, name, path, is_shown)
+    except OSError as error:
+        overrides.fail(f'{path} cannot be written: {error.strerror}')
+    print(f'wrote {path}')
+    print(f'{len(rates):,} steps: {warmup} of warmup, {max(rates):.1e} at the highest, {rates[-1]:.1e} in the last, '
+          f'{sum(rates) / len(rates):.1e} on average')
+    for name, words in [('max_minutes', 'the number of steps is not known before; drawn is max_iters'),
+                        ('lr_by_norm', 'the rate will be lower where the gradient norm spikes')]:
+        if settings[name]:
+            print(f'{name}: {words}')
+    if settings['lr_schedule'].startswith('plateau'):
+        print('plateau: the rate will be cut where evaluations bring no progress')
+    if is_shown:
+        pictures.show_windows()
+    raise SystemExit
 
 # ---------------------------------------------------------------------------------------------------------------------
 # read them all before anything is written
@@ -47,7 +86,6 @@ for name, history in histories.items():
 # ---------------------------------------------------------------------------------------------------------------------
 # draw: beside the run, or where we are if there are several
 
-is_shown = show and pictures.has_screen()
 folder = paths[0] if paths[0].is_dir() else paths[0].parent
 try:
     if len(paths) == 1:
@@ -73,5 +111,3 @@ for name, history in histories.items():
         print(f'  {line}')
 if is_shown:
     pictures.show_windows()
-elif show:
-    print('\nno window: matplotlib finds no screen here; the pictures are in the files')

@@ -9,6 +9,8 @@ $ python train.py --init_from=resume                                go on after 
 $ python train.py --init_from=exp1/best.pt --dataset=book           a new run that begins with the weights of another
 $ python train.py --test --checkpoint=checkpoints/best.pt           what a checkpoint is worth on the test split
 $ python train.py --inspect_step=1234                               which text made the spike of that step
+$ python train.py config/train_gpt2.py --max_minutes=30             as many steps as fit, the rate falling to the end
+$ python train.py config/train_gpt2.py --find_lr                    which learning rate to begin with
 """
 
 import math
@@ -28,12 +30,15 @@ from kit import (
     gradients,
     optimizers,
     overrides,
-    pretrained,
     provenance,
     ranks,
+    rate_finder,
+    schedules,
     signals,
+    starts,
     tokens,
 )
+from kit.budget import Budget
 from kit.journal import Journal, check_wandb, duration, short
 from model import GPT, GPTConfig, default_heads
 
@@ -58,6 +63,9 @@ test = False                # measure a checkpoint on the test split, and leave
 checkpoint = ''             # which one --test takes, or several: a.pt,b.pt; '' = best.pt of out_dir
 weights = 'auto'            # of a checkpoint's weights: auto (its average where it has one), raw, ema, swa
 inspect_step = -1           # replay this step of the run in out_dir: its texts, the costliest first; -1 = train
+find_lr = False             # raise the rate step by step, suggest one, and leave
+find_lr_start = 1e-5        # from this rate
+find_lr_end = 1.0           # to this one, or to where the loss diverges
 debug_nan = False           # at the first bad number: stop, and say which text, operation or gradient made it
 # where figures go, beside the console
 tensorboard = True          # to runs/
@@ -83,17 +91,29 @@ weight_decay = 1e-1         # on matrices and embeddings
 beta1 = 0.9                 # memory of the mean gradient
 beta2 = 0.99                # and of its square: 0.95 where a step has many tokens
 grad_clip = 1.0             # gradients are scaled down to this norm, 0.0 = never
+grad_clip_quantile = 0.0    # or to this quantile of the last 100 norms: 0.1 clips nine of ten, 0.0 = not so
+grad_clip_value = 0.0       # then each number of theirs is cut to this size, 0.0 = never
 max_bad_steps = 20          # so many steps in a row with a NaN or Inf: go back once, then stop; 0 = go on and on
 ema_decay = 0.0             # moving average of the weights, evaluated and saved beside them: 0.999, 0.9999; 0 = none
 swa_start = 0               # or the plain mean of the weights from this step on, 0 = none
+# when to end
+max_minutes = 0.0           # wall time: max_iters becomes what fits, measured in the warmup; 0 = as long as it takes
+early_stop = 0              # evaluations in a row without progress, 0 = never
+min_delta = 1e-4            # what the val loss must fall by to be progress
+early_stop_norm = False     # or when the gradient has died or exploded, looked at with each evaluation
 # learning rate over the steps
-warmup_iters = 100          # steps of linear warmup, with or without decay
-decay_lr = True             # cosine from learning_rate to min_lr, else constant
+lr_schedule = 'cosine'      # or linear, step:1000, restarts:1000, wsd, plateau:3, ...: kit/schedules.py has them all
+decay_lr = True             # False: constant after the warmup
+warmup_iters = 100          # steps of linear warmup, before any schedule
+warmup_share = 0.0          # or this share of max_iters
+warmup_start_lr = 0.0       # the rate of the first step, 0 = learning_rate / (warmup_iters + 1)
 lr_decay_iters = 0          # the step at which min_lr is reached, 0 = max_iters
-min_lr = 1e-4               # learning_rate / 10 or less
+min_lr = 1e-4               # learning_rate / 10 or less; no schedule goes below it
+lr_by_norm = False          # lower it while the gradient norm spikes, or stays far above grad_clip
 # machine
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
-dtype = 'auto'              # auto, float32, bfloat16, float16 (its loss is scaled)
+dtype = 'auto'              # auto, float32, bfloat16, float16
+scale_loss = True           # in float16, whose small gradients would be 0
 compile = None              # torch.compile: True, False, None = where it pays
 backend = 'auto'            # between processes: auto, nccl, gloo
 seed = 1337                 # of the first weights, the batches and dropout
@@ -104,24 +124,28 @@ RULES = [
     '0 <= seed < 2**63', 'inspect_step >= -1',
     'batch_size >= 1', 'gradient_accumulation_steps >= 1', 'block_size >= 1', 'n_layer >= 1', 'n_head >= 0',
     'n_embd >= 1', 'max_iters >= 1', 'warmup_iters >= 0', 'lr_decay_iters >= 0', 'learning_rate > 0', 'min_lr >= 0',
-    'weight_decay >= 0', 'grad_clip >= 0', '0 <= dropout < 1', '0 <= beta1 < 1', '0 <= beta2 < 1',
-    'max_bad_steps >= 0', '0 <= ema_decay < 1', 'swa_start >= 0',
+    'weight_decay >= 0', '0 <= dropout < 1', '0 <= beta1 < 1', '0 <= beta2 < 1', 'grad_clip >= 0',
+    '0 <= grad_clip_quantile < 1', 'grad_clip_value >= 0', 'max_bad_steps >= 0', '0 <= ema_decay < 1', 'swa_start >= 0',
+    'max_minutes >= 0', 'early_stop >= 0', 'min_delta >= 0', '0 <= warmup_share < 1', 'warmup_start_lr >= 0',
+    '0 < find_lr_start < find_lr_end  # the rates climb',
     'swa_start < max_iters  # the average would never begin',
     'not (ema_decay and swa_start)  # one average at a time; --ema_decay=0 or --swa_start=0',
     'weights in ("auto", "raw", "ema", "swa")', 'save_errors in ("warn", "stop")',
     'n_head == 0 or n_embd % n_head == 0  # n_embd must be a multiple of n_head; --n_head=0 takes a head per 64',
-    'not decay_lr or min_lr <= learning_rate  # the rate must decay downwards; lower min_lr, or --decay_lr=False',
-    'not decay_lr or not lr_decay_iters or warmup_iters < lr_decay_iters  # warmup must end before the decay does',
+    'eval_interval or not (early_stop or early_stop_norm)  # they go by evaluations; --eval_interval=250',
+    'not max_minutes or not (lr_decay_iters or warmup_share)  # how many steps is not known before; set them to 0',
+    'not max_minutes or init_from == "resume" or warmup_iters >= 25  # measured in the warmup; --warmup_iters=100',
     'sampling in ("random", "shuffle", "sequential")', 'dtype in ("auto", "float32", "bfloat16", "float16")',
     'backend in ("auto", "nccl", "gloo")',
     'test or not checkpoint  # --checkpoint goes with --test; a resume takes ckpt.pt of --out_dir',
     'out_dir.strip("./")  # the run needs a folder of its own, such as --out_dir=exp1',
-    'inspect_step < 0 or not (test or eval_only or dry_run)  # one errand at a time',
+    'test + eval_only + dry_run + find_lr + (inspect_step >= 0) <= 1  # one errand at a time',
+    'not (find_lr and debug_nan)  # where it diverges there are bad numbers, and no fault',
     'dataset  # it needs the name of a folder in data/',
 ]
 # settings that belong to a launch: a resume does not take them over
-LAUNCH = ('out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'weights', 'inspect_step', 'debug_nan',
-          'device', 'compile', 'backend')
+LAUNCH = ('out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'weights', 'inspect_step', 'find_lr',
+          'find_lr_start', 'find_lr_end', 'debug_nan', 'device', 'compile', 'backend')
 SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size'  # what weights cannot do without
 config = overrides.apply(globals(), RULES)
 
@@ -131,48 +155,19 @@ config = overrides.apply(globals(), RULES)
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
 ranks.start(backend, device)
 
-is_errand = test or eval_only or dry_run or inspect_step >= 0
-if not is_errand:  # what is read below must still be true when this run writes
-    ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=False, may_write=False))
-saved = {}
-if inspect_step >= 0:  # with the settings that it was made with, from the last state before it
-    init_from, path, saved, settings, past = errands.find_past(out_dir, inspect_step)
-    config = overrides.adopt(globals(), settings, config, RULES, SHAPE, LAUNCH)
-    weights = settings.get('weights', weights)
-    eval_interval = save_interval = log_interval = max_bad_steps = 0
-if init_from == 'auto':
-    init_from = config['init_from'] = 'resume' if checkpoints.exist(out_dir) else 'scratch'
-    print(f'init_from: {init_from} (auto: {out_dir} holds {"a" if init_from == "resume" else "no"} checkpoint)')
+is_errand = test or eval_only or dry_run or find_lr or inspect_step >= 0  # which writes nothing of a run
 if test:
-    paths = [path for path in checkpoint.split(',') if path] or [str(checkpoints.best(out_dir))]
-    tested = {path: checkpoints.load(path) for path in paths}
-    saved = next(iter(tested.values()))
-elif init_from == 'resume':
-    if not saved:
-        path, saved = checkpoints.newest(out_dir)
-    print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
-elif init_from.endswith('.pt'):
-    saved = checkpoints.load(init_from)
-    print(f'weights: {init_from}, after {saved["iter_num"]} steps')
-    saved = {key: saved[key] for key in ('model_args', 'meta') if key in saved} | {
-        'model': checkpoints.weights(saved, weights)}
-elif init_from != 'scratch':
-    saved = pretrained.load(init_from)
-if saved and inspect_step < 0:
-    config = overrides.adopt(
-        globals(), saved.get('config', {}) | {name: saved['model_args'][name] for name in SHAPE}, config, RULES,
-        fixed=[name for name in SHAPE if test or init_from == 'resume' or name != 'block_size'],  # GPT-2's can be cut
-        launch=LAUNCH)
-if init_from == 'resume':
-    config['init_from'] = saved.get('config', {}).get('init_from', 'scratch')  # how the run began
-
+    tested = starts.find_tested(globals(), config, RULES, SHAPE, LAUNCH)
+else:
+    config, saved, past = starts.find(globals(), config, RULES, SHAPE, LAUNCH, is_errand)
+if find_lr or inspect_step >= 0:
+    max_iters = max(max_iters, inspect_step + 1)
+    eval_interval = save_interval = log_interval = max_bad_steps = max_minutes = early_stop = early_stop_norm = 0
 if wandb_log and not is_errand:
     check_wandb()
 dtype = devices.choose_dtype(dtype, device)
-if gradient_accumulation_steps % ranks.world_size:
-    overrides.fail(f'gradient_accumulation_steps = {gradient_accumulation_steps}: it counts over all processes and '
-                   f'must be a multiple of their number, {ranks.world_size}')
-micro_steps = gradient_accumulation_steps // ranks.world_size  # of this process
+warmup_steps = schedules.check(config)
+micro_steps = ranks.share(gradient_accumulation_steps, 'gradient_accumulation_steps')  # of this process
 rows_per_step = batch_size * gradient_accumulation_steps
 tokens_per_step = rows_per_step * block_size
 
@@ -200,13 +195,7 @@ def get_batch(split, step, micro_step):
 
 
 if test:
-    models = {}
-    for path, saved in tested.items():
-        checkpoints.check_fit(saved, saved['model_args'], meta)
-        models[path] = GPT(GPTConfig(**saved['model_args'])).to(device)
-        checkpoints.fill(models[path], checkpoints.weights(saved, weights))
-        print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
-    errands.test(models, data, meta, batch_size, device, dtype)
+    errands.test(tested, lambda args: GPT(GPTConfig(**args)), weights, data, meta, batch_size, device, dtype)
     ranks.leave()
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,19 +217,25 @@ raw_model.to(device)
 average = averages.running(raw_model, ema_decay, swa_start)
 
 optimizer = optimizers.adamw(raw_model, weight_decay, learning_rate, (beta1, beta2))
-scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-step, best_val_loss, rewinds = 0, math.inf, 0  # rewinds: how often the run went back over bad numbers
-bad_steps = torch.zeros(2, dtype=torch.int64, device=device)  # in a row up to now, and since the last iter line
-is_other_text = init_from == 'resume' and saved.get('config', {}).get('dataset', dataset) != dataset
-if init_from == 'resume':
-    step, best_val_loss, rewinds = saved['iter_num'], float(saved['best_val_loss']), saved.get('rewinds', 0)
-    bad_steps += torch.tensor(saved.get('bad_steps', [0, 0]), device=device)
-    checkpoints.restore(saved, raw_model, optimizer, scaler)
-    averages.restore(average, saved)
+scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16' and scale_loss)
+state = saved if init_from == 'resume' else {}  # of the training that goes on
+step, val_losses, recent_norms = starts.position(state, device)
+best_val_loss, rewinds = float(state.get('best_val_loss', math.inf)), state.get('rewinds', 0)  # over bad numbers
+bad_steps = torch.tensor(state.get('bad_steps', [0, 0]), device=device)  # in a row up to now, since the last iter line
+if state:
+    checkpoints.restore(state, raw_model, optimizer, scaler)
+    averages.restore(average, state)
+is_other_text = state.get('config', {}).get('dataset', dataset) != dataset
 if is_other_text:
-    best_val_loss = math.inf  # a loss on another text is no mark
+    best_val_loss, val_losses = math.inf, []  # a loss on another text is no mark
+if find_lr:
+    finder = rate_finder.RangeTest(find_lr_start, find_lr_end)
+    max_iters = step + finder.steps
+budget = Budget(max_minutes, step, warmup_steps, device, state.get('fitted_minutes') == max_minutes)
+if max_minutes and budget.is_fitted:
+    max_iters = config['max_iters'] = state['config']['max_iters']  # whatever is given here
 first_new_step = step + 1 if init_from == 'resume' else 0  # the resumed one was evaluated and saved before
-saved = None  # its memory is free again
+saved = state = None  # its memory is free again
 
 flops_per_step = raw_model.flops_per_token() * tokens_per_step
 if devices.choose_compile(compile, device, flops_per_step * max_iters):
@@ -250,18 +245,19 @@ if devices.choose_compile(compile, device, flops_per_step * max_iters):
 model = ranks.wrap(raw_model, device)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the learning rate of a step: linear warmup, then a cosine down to min_lr (arXiv:1608.03983), or constant
+# the learning rate of a step: linear warmup, then a cosine down to min_lr (arXiv:1608.03983), or another schedule
 
 
 def get_lr(step):
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
-    if not decay_lr:
-        return learning_rate
-    end = lr_decay_iters or max_iters
-    if step >= end:
-        return min_lr
-    progress = (step - warmup_iters) / (end - warmup_iters)  # from 0 to 1
+    if step < warmup_steps:
+        first = not warmup_start_lr  # nanoGPT's step 0 is one stride above a rate of 0
+        return warmup_start_lr + (learning_rate - warmup_start_lr) * (step + first) / (warmup_steps + first)
+    if not budget.is_fitted:
+        return learning_rate  # how far it is to the end is not known yet
+    if not decay_lr or lr_schedule != 'cosine':
+        return schedules.rate(step, config, val_losses)
+    n = max(1, (lr_decay_iters or max_iters) - warmup_steps)
+    progress = min(1, (step - warmup_steps) / n)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
@@ -295,21 +291,16 @@ if eval_only:
 
 X, Y = get_batch('train', step, 0)
 seconds = errands.first_look(model, raw_model, X, Y, meta, device, dtype, dry_run and init_from == 'scratch')
-print(f'a step: {batch_size} rows x {gradient_accumulation_steps} micro-steps x {block_size} tokens = '
-      f'{tokens_per_step:,} tokens')
-print(f'the run: {max_iters:,} steps = {max_iters / steps_per_epoch:.2f} epochs of {len(data["train"]):,} tokens, '
-      f'about {duration(seconds * micro_steps * max(0, max_iters - step))} without evaluations')
-if warmup_iters >= max_iters:
-    print(f'warmup_iters = {warmup_iters} is not below max_iters = {max_iters}: the rate climbs to the end')
-if step >= max_iters:
-    print(f'all {max_iters:,} steps are made; a higher --max_iters goes on')
+if not is_errand or dry_run:
+    errands.show_plan(config, step, warmup_steps, micro_steps * seconds, steps_per_epoch, len(data['train']))
 if dry_run:
     ranks.leave()
 
 if not is_errand:
     ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=init_from != 'resume'))
     facts = {'vocab_size': model_args['vocab_size'], 'parameters': raw_model.count_params(),
-             'tokens_per_step': tokens_per_step, 'unigram_entropy': tokens.unigram_entropy(data['train'])}
+             'tokens_per_step': tokens_per_step, 'warmup_iters': warmup_steps,
+             'unigram_entropy': tokens.unigram_entropy(data['train'])}
     journal.open(out_dir, config, facts, step if init_from == 'resume' else None)
     journal.show('model', raw_model, X[:1, :8])
     if ranks.is_main:
@@ -319,7 +310,9 @@ if not is_errand:
 # ---------------------------------------------------------------------------------------------------------------------
 # training: steps are numbered by the updates made so far, so `step` 0 is the untrained model and max_iters the last
 
-signals.listen()
+if not is_errand:  # which has nothing to save
+    signals.listen()
+why_stop = ''
 clock, steps_timed, data_seconds, is_saved = time.perf_counter(), 0, 0.0, True
 norms_of_bad = torch.zeros(len(list(raw_model.parameters())), device=device)  # of the last bad step's gradients
 while True:
@@ -329,31 +322,39 @@ while True:
             print(diagnosis.stopped_by_bad_numbers(step, int(bad_steps[0]), learning_rate, dtype))
             journal.close()
             ranks.leave(1)
-        went_back_to = errands.go_back(out_dir, step - int(bad_steps[0]), raw_model, optimizer, scaler, average)
-        if went_back_to is not None:
-            step, first_new_step = went_back_to, went_back_to + 1
+        saved = errands.go_back(out_dir, step - int(bad_steps[0]), raw_model, optimizer, scaler, average)
+        if saved:
+            step, val_losses, recent_norms = starts.position(saved, device)
+            first_new_step, saved = step + 1, None
         rewinds += 1
         journal.go_back(step, rewinds)
         bad_steps[0] = 0
         X, Y = get_batch('train', step, 0)
 
-    lr = get_lr(step)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-    is_new, is_last = step >= first_new_step, step >= max_iters
-
-    # evaluate, and save what is new, best, due, last, or asked for by a signal
-    is_evaluated = is_last or (is_new and eval_interval > 0 and step % eval_interval == 0)
+    # evaluate: at each interval, at the end, and where max_minutes measures how long it takes
+    budget.took('step', step)
+    is_new, is_at_interval = step >= first_new_step, eval_interval > 0 and step % eval_interval == 0
+    is_last = budget.is_over(step) or (budget.is_fitted and step >= max_iters)
+    is_evaluated = is_last or (is_new and is_at_interval) or budget.evaluates_at(step)
     best_before, is_best = best_val_loss, False
     if is_evaluated:
         figures = evaluate()
         is_best = figures['val/loss'] < best_val_loss
         best_val_loss = min(best_val_loss, figures['val/loss'])
         journal.record(step, figures)
+        budget.took('evaluation', step)
+    if is_new and is_at_interval:
+        val_losses.append(figures['val/loss'])
+    if is_at_interval and not is_last:  # where it has ended before, a resume ends again, unless it allows for more
+        why_stop = diagnosis.early_stop(val_losses, early_stop, min_delta,
+                                        recent_norms.tolist() if early_stop_norm else [])
+        is_last = why_stop != ''
+
+    # save what is new, best, due, last, or asked for by a signal
     asked = signals.take()
     is_due = save_interval > 0 and step % save_interval == 0
-    if is_new and step > 0 and (
-            is_last or is_due or asked or (is_evaluated and (is_best or always_save_checkpoint))):
+    is_worth_it = is_evaluated and (is_best or always_save_checkpoint) or budget.saves_at(step)
+    if is_new and step > 0 and not is_errand and (is_last or is_due or asked or is_worth_it):
         names = ([f'step_{step:07d}.pt'] if is_due else []) + (['best.pt'] if is_best else []) + ['ckpt.pt']
         if ranks.is_main:
             print(f'saving checkpoint to {out_dir} ({", ".join(names)})')
@@ -361,21 +362,26 @@ while True:
                 'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                 **averages.state(average), 'model_args': model_args, 'iter_num': step, 'best_val_loss': best_val_loss,
                 'config': config, 'meta': meta, 'epoch': step / steps_per_epoch, 'rewinds': rewinds,
-                'bad_steps': bad_steps.tolist(),
+                'bad_steps': bad_steps.tolist(), 'val_losses': val_losses, 'recent_norms': recent_norms.tolist(),
+                'fitted_minutes': max_minutes if budget.is_fitted else 0.0,
                 'random_states': checkpoints.random_states(), 'versions': provenance.versions(),
             }, out_dir, names, stop_on_error=save_errors == 'stop')
             if is_saved:
                 checkpoints.prune(out_dir, keep_last)
             else:
                 best_val_loss = best_before  # what could not be kept may be beaten by less
+        budget.took('save', step)
     if is_evaluated:
         errands.show_inside(journal, step, averages.smoothed(raw_model, average), data['val'], meta, device, is_last)
+        budget.took('evaluation', step, 0)
     if asked in signals.STOP:
         errands.show_how_to_go_on(asked, step, out_dir)
         journal.close()
         ranks.leave(signals.status(asked))
     if is_last:
         break
+    if step == budget.fit_at and not budget.is_fitted:
+        max_iters = config['max_iters'] = budget.fit(step, eval_interval, save_interval)
     if is_evaluated or is_due or asked:
         clock, steps_timed, data_seconds = time.perf_counter(), 0, 0.0
 
@@ -400,10 +406,21 @@ while True:
     scaler.unscale_(optimizer)  # the norm must be that of the true gradients
     norms = gradients.norms(raw_model)  # of each parameter's, before clipping
     grad_norm = torch.linalg.vector_norm(norms)
-    torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip or math.inf, grad_norm)
-
     # a bad number on any rank makes loss or norm bad on all: then nothing moves, neither weights, moments nor average
     is_good = torch.isfinite(loss_of_step) & torch.isfinite(grad_norm)  # stays on the device
+    recent_norms = torch.where(is_good, torch.cat([recent_norms[1:], grad_norm[None]]), recent_norms)
+
+    # clip, choose the rate, and step
+    limit = gradients.clip_limit(recent_norms, grad_clip, grad_clip_quantile)
+    torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), limit, grad_norm)
+    if grad_clip_value:
+        torch.nn.utils.clip_grad_value_(raw_model.parameters(), grad_clip_value)
+    factor = schedules.damping(recent_norms.tolist(), limit) if lr_by_norm else 1.0
+    lr = finder.rate() if find_lr else factor * get_lr(step)
+    if past:
+        lr = past.exactly('lr', step, lr)  # as it was, whatever evaluations or a clock had made of it
+    for group in optimizer.param_groups:
+        group['lr'] = lr
     is_logged = log_interval and (step % log_interval == 0 or step + 1 == max_iters) or step == inspect_step
     weights_before = gradients.sample(raw_model) if is_logged else None
     optimizers.step(optimizer, is_good)
@@ -418,12 +435,16 @@ while True:
                      norms, batches.torch_seed(seed, step, ranks.rank), scaler, device, dtype)
         journal.close()
         ranks.leave(1)
+    if find_lr and finder.take(math.nan if is_bad else loss_of_step.item()):
+        ranks.from_main(lambda: rate_finder.report(finder, out_dir))
+        ranks.leave()
     scaler.update(scaler.get_scale() if scaler.is_enabled() and is_bad else None)  # these are no fault of the scale
     steps_timed += 1
 
     # log; reading the loss waits for the device, so the steps in between stay unread
     if log_interval:
-        journal.update(step, loss_of_step, grad_norm, lr)
+        journal.update(step, loss_of_step, grad_norm, {'lr': lr} | ({'lr_factor': factor} if lr_by_norm else {})
+                       | ({'clip_limit': limit} if grad_clip_quantile else {}))
     if is_logged:
         loss_of_step = loss_of_step.item()
         seconds = (time.perf_counter() - clock) / steps_timed
@@ -434,8 +455,9 @@ while True:
         rate = tokens_per_step / seconds
         mfu = flops_per_step / seconds / (devices.peak_flops(device, dtype) * ranks.world_size)
         epoch = (step + 1) / steps_per_epoch
+        eta = seconds * (max_iters - step - 1) if budget.is_fitted else budget.left()
         print(f'iter {step}: loss {loss_of_step:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu:.2%}, lr {lr:.1e}, '
-              f'norm {grad_norm:.2f}, {short(rate)} tok/s, eta {duration(seconds * (max_iters - step - 1))}, '
+              f'norm {grad_norm:.2f}, {short(rate)} tok/s, eta {duration(eta)}, '
               f'epoch {epoch:.2f}')
         journal.read({'time_ms': seconds * 1000, 'data_ms': data_seconds / steps_timed * 1000,
                       'tokens_per_second': rate, 'mfu': mfu, 'epoch': epoch, 'bad_steps': int(bad_steps[1])}
@@ -455,6 +477,7 @@ while True:
 # what came of it
 
 signals.obey()
+errands.show_end(why_stop, step, max_iters, budget, out_dir, averages.smoothed(raw_model, average))
 if ranks.is_main:
     errands.show_sample(averages.smoothed(raw_model, average), meta, device, dtype)
     print('\n'.join(diagnosis.verdict(journal.history)))

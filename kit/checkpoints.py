@@ -420,7 +420,9 @@ def check_form(checkpoint, resume):
             raise ValueError('its optimizer has no state')
         if checkpoint.get('rewinds', 0) < 0 or len(checkpoint.get('bad_steps', [0, 0])) != 2:
             raise ValueError('its count of bad steps is none')
-        list(checkpoint.get('recent_losses', []))
+        for name in 'val_losses', 'recent_norms':
+            if not all(isinstance(number, float) for number in checkpoint.get(name, [])):
+                raise ValueError(f'its {name} are no numbers')
     dict(checkpoint.get('config', {}))
     if 'meta' in checkpoint:
         check_meta(checkpoint['meta'])

@@ -13,6 +13,7 @@ FIRST_LOSS_OFF = 0.5   # nats: GPT-2's initialisation starts within 0.1 of a fai
 WINDOW = 100           # updates that a reading of the present takes in
 NORM_HIGH = 10.0       # healthy norms are 0.1 to 10 once the warmup is over; the highest of the healthy runs was 6.7
 NORM_HOPELESS = 100.0  # tiny batches have norms above 10 all the time: only four times the usual is too much, or this
+EXPLODED = 0.1         # of the last updates with such norms end a run that is to end by them
 NORM_LOW = 0.01        # below it, the gradient of a model that has not learned its text by heart has died
 NORM_SWING = 10.0      # 95th over 5th percentile; 2 to 4 in healthy runs
 CLIPPED_TIMES = 5.0    # times grad_clip: AdamW does not mind a norm of 2 clipped to 1 at every update, as in small runs
@@ -93,6 +94,19 @@ class History:
         steps, values = self.series.get(name, ((), ()))
         there = bisect_right(steps, step)
         return values[there - 1] if there else otherwise
+
+    def exactly(self, name, step, otherwise):
+        """The value of a figure at a step, not before it."""
+        steps, values = self.series.get(name, ((), ()))
+        there = bisect_left(steps, step)
+        return values[there] if there < len(steps) and steps[there] == step else otherwise
+
+    def clip_limits(self, steps):
+        """The norm that the gradients of these steps were clipped to, inf where they were not."""
+        limits = np.full(len(steps), self.facts.get('grad_clip') or math.inf)
+        known, found = self.get('clip_limit')
+        limits[np.isin(steps, known)] = np.where(np.isnan(found), math.inf, found)[np.isin(known, steps)]  # no JSON
+        return limits
 
     def step(self):
         """The newest step of any loss; -1 where there is none."""
@@ -231,7 +245,8 @@ def swings(h):
 
 def clipped_always(h):
     norms, limit = h.settled('grad_norm', WINDOW), h.facts.get('grad_clip', 0)
-    if limit and len(norms) and np.mean(norms > limit) >= CLIPPED_SHARE and np.median(norms) > CLIPPED_TIMES * limit:
+    is_fixed = limit and not h.facts.get('grad_clip_quantile')
+    if is_fixed and len(norms) and np.mean(norms > limit) >= CLIPPED_SHARE and np.median(norms) > CLIPPED_TIMES * limit:
         return (f'{np.mean(norms > limit):.0%} of the last {WINDOW} updates were clipped, from a norm of about '
                 f'{np.median(norms):.3g} to {limit:g} (healthy: below 10%, or not far above the limit). The limit is '
                 f'below what is usual here, or the gradients are too large: --grad_clip={nice(2 * np.median(norms))}')
@@ -406,10 +421,11 @@ def verdict(h):
     fine = np.isfinite(norms)
     if fine.any():
         low, middle, high = np.percentile(norms[fine], (5, 50, 95))
-        limit = h.facts.get('grad_clip', 0)
+        limits = h.clip_limits(steps[fine])
+        clipped, limit = np.mean(norms[fine] > limits), np.median(limits)
         lines.append(f'gradient norm {middle:.3g} ({low:.3g} to {high:.3g} in 9 of 10 updates, {norms[fine].max():.3g} '
                      f'at most, at step {steps[fine][norms[fine].argmax()]})'
-                     + (f'; {np.mean(norms[fine] > limit):.1%} of the updates clipped to {limit:g}' if limit else ''))
+                     + (f'; {clipped:.1%} of the updates clipped to {limit:.3g}' if limit < math.inf else ''))
     speed = h.last('tokens_per_second', 10**6)
     if len(speed):
         mfu = h.last('mfu', 10**6)
@@ -420,6 +436,37 @@ def verdict(h):
     if not h.findings and lines:
         lines.append('nothing to complain about')
     return lines
+
+
+def without_progress(losses, min_delta):
+    """For each loss how many, itself the last, have come since one was lower than all before it by min_delta."""
+    best, waited, counts = math.inf, 0, []
+    for loss in losses:
+        best, waited = (loss, 0) if loss < best - min_delta else (best, waited + 1)
+        counts.append(waited)
+    return counts
+
+
+def early_stop(val_losses, patience, min_delta, norms=()):
+    """
+    Why a run should end, '' where it need not: the last `patience` evaluations (0 = any number) were without progress;
+    or its newest gradient norms (inf where there was no step yet) say that it has died or exploded.
+    """
+    norms = np.array(norms)
+    if patience and val_losses and (waited := without_progress(val_losses, min_delta)[-1]) >= patience:
+        best = min((loss for loss in val_losses if math.isfinite(loss)), default=math.nan)
+        return (f'early_stop: {waited} evaluations in a row were without progress, the lowest val loss is {best:.4f}; '
+                '--init_from=resume --early_stop=0 goes on')
+    if len(norms) and np.isfinite(norms).all():
+        n_high = int((norms > max(NORM_HIGH, min(4 * np.median(norms), NORM_HOPELESS))).sum())
+        if np.median(norms) < NORM_LOW:
+            return (f'early_stop_norm: the gradient has died, its norm was about {np.median(norms):.2g} in the last '
+                    f'{len(norms)} updates; --init_from=resume --early_stop_norm=False goes on')
+        if n_high >= EXPLODED * len(norms):
+            return (f'early_stop_norm: the gradient has exploded, its norm was up to {norms.max():.3g} in {n_high} of '
+                    f'the last {len(norms)} updates; --init_from=resume --early_stop_norm=False goes on, a lower '
+                    'learning_rate is better')
+    return ''
 
 
 def stopped_by_bad_numbers(step, in_a_row, learning_rate, dtype):

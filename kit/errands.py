@@ -22,6 +22,7 @@ from kit import (
     tokens,
 )
 from kit.diagnosis import FIRST_LOSS_OFF, History
+from kit.journal import duration
 
 SAMPLE_LENGTH = 100  # tokens of the texts that TensorBoard and W&B show
 EMBEDDINGS = 2000  # as many token vectors as TensorBoard's projector moves about with ease
@@ -64,17 +65,39 @@ def first_look(model, raw_model, x, y, meta, device, dtype, from_scratch):
     return min(seconds)
 
 
-def test(models, splits, meta, batch_size, device, dtype):
+def show_plan(s, step, warmup, seconds, steps_per_epoch, n_tokens):
+    """What a step and the run will be; s: the settings, seconds: of a step, n_tokens: of the training text."""
+    rows, n = s['batch_size'] * s['gradient_accumulation_steps'], s['max_iters']
+    print(f'a step: {s["batch_size"]} rows x {s["gradient_accumulation_steps"]} micro-steps x {s["block_size"]} tokens '
+          f'= {rows * s["block_size"]:,} tokens')
+    if s['max_minutes']:
+        print(f'the run: {s["max_minutes"]:g} minutes, counted from the start of the program')
+        return
+    print(f'the run: {n:,} steps = {n / steps_per_epoch:.2f} epochs of {n_tokens:,} tokens, about '
+          f'{duration(seconds * max(0, n - step))} without evaluations')
+    if warmup >= n:
+        print(f'warmup_iters = {warmup} is not below max_iters = {n}: the rate climbs to the end')
+    if step >= n:
+        print(f'all {n:,} steps are made; a higher --max_iters goes on')
+
+
+def test(tested, new_model, which, splits, meta, batch_size, device, dtype):
     """
-    Measure the whole test split; where a dataset has none, val, and say so. models: {name: model}; several of them
-    are followed by their ensemble.
+    Measure the whole test split; where a dataset has none, val, and say so. tested: {path: checkpoint}; several of
+    them are followed by their ensemble. new_model: model_args -> model; which: of a checkpoint's weights.
     """
+    models = {}
+    for path, saved in tested.items():
+        checkpoints.check_fit(saved, saved['model_args'], meta)
+        models[path] = new_model(saved['model_args']).to(device)
+        checkpoints.fill(models[path], checkpoints.weights(saved, which))
+        print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
     split = 'test' if 'test' in splits else 'val'
     if split == 'val':
         print('this dataset has no test.bin: val is taken')
     print(f'splits: {meta.get("split", "as they were found")}')
     if len(models) > 1:
-        models = models | {'ensemble': evaluation.Ensemble(models.values())}
+        models['ensemble'] = evaluation.Ensemble(models.values())
     bytes_per_token = tokens.bytes_per_token(meta, splits[split][1:])
     for name, model in models.items():
         block_size = model.config.block_size
@@ -88,19 +111,38 @@ def test(models, splits, meta, batch_size, device, dtype):
 def go_back(out_dir, first_bad, model, optimizer, scaler, average):
     """
     Put a training back to its last checkpoint from before the step first_bad; bad steps left the weights as they were
-    there, so that step's own would not do. Returns the step; None, and nothing changes, where there is no such one.
+    there, so that step's own would not do. Returns it; {}, and nothing changes, where there is no such one.
     """
     path, saved = checkpoints.before(out_dir, first_bad)
     if not saved:
         print(f'WARNING: every step since {first_bad} was bad, no checkpoint is from before: other text from here on')
-        return None
+        return {}
     step = saved['iter_num']
     print(f'WARNING: every step since {first_bad} was bad: back to {path}, after {step} steps, with other text')
     checkpoints.restore(saved, model, optimizer, scaler)
     averages.restore(average, saved)
     if ranks.is_main:
         checkpoints.move_later_aside(out_dir, step)
-    return step
+    return saved
+
+
+def show_end(why_stop, step, max_iters, budget, out_dir, model):
+    """Why a run ends before its last step. After an early stop the model gets the weights of best.pt again."""
+    path = Path(out_dir) / 'best.pt'
+    if why_stop:
+        print(why_stop)
+        try:
+            if path.exists():
+                checkpoints.fill(model, checkpoints.weights(checkpoints.read(path)))
+                print(f'the weights are those of {path} again')
+            else:
+                print('no state was better than that of step 0, and none was kept as best.pt')
+        except checkpoints.Damaged as error:
+            print(f'WARNING: {error}; the weights stay those of the last step')
+    elif not budget.is_fitted:
+        print(f'max_minutes: the time is up after {step:,} steps, before the speed was measured')
+    elif step < max_iters:
+        print(f'max_minutes: the time is up after {step:,} of {max_iters:,} steps; --init_from=resume makes the others')
 
 
 def show_inside(journal, step, model, data, meta, device, is_last):

@@ -8,6 +8,9 @@ import math
 import torch
 from torch.overrides import TorchFunctionMode
 
+from kit.schedules import FEWEST_NORMS
+
+RECENT = 100  # norms by which the next ones are judged
 SAMPLE = 1 << 15  # values of a parameter that stand for all of it where an estimate will do
 
 
@@ -17,6 +20,16 @@ def norms(model):
     nothing = torch.zeros((), device=parameters[0].device)
     found = iter(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
     return torch.stack([nothing if p.grad is None else next(found) for p in parameters])
+
+
+def clip_limit(recent, grad_clip, quantile):
+    """
+    The norm to clip to: with a quantile that of the recent norms, the present one among them (AutoClip, Seetharaman et
+    al. 2020, arXiv:2007.14469; there over all norms since the start), which waits for the device; else, and while few
+    are known, grad_clip, where 0 stands for none. recent: (RECENT,), inf where there was no step yet.
+    """
+    known = recent[recent.isfinite()] if quantile else ()
+    return known.quantile(quantile).item() if len(known) >= FEWEST_NORMS else grad_clip or math.inf
 
 
 def layer(name):

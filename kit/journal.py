@@ -26,6 +26,7 @@ TAGS = {
     'train/accuracy': 'Accuracy/train', 'val/accuracy': 'Accuracy/val', 'loss': 'Training/Loss', 'lr': 'Learning_rate',
     'grad_norm': 'Training/GradNorm', 'clip_rate': 'Training/ClipRate', 'time_ms': 'Training/TimeMs',
     'data_ms': 'Training/DataMs', 'tokens_per_second': 'Training/TokensPerSecond', 'mfu': 'Training/MFU',
+    'lr_factor': 'Training/RateFactor', 'clip_limit': 'Training/ClipLimit',
     'epoch': 'Training/Epoch', 'bad_steps': 'Training/BadSteps', 'rewinds': 'Training/Rewinds',
 }
 MOST_UNREAD = 1000  # updates whose figures wait on the device
@@ -106,7 +107,7 @@ class Journal:
             self.history.replay()  # what was said before the interruption need not be said again
             lines, _ = self.history.get('clip_rate', 1)
             steps, norms = self.history.since('grad_norm', lines[0] if len(lines) else -1, 0)
-            self.clipped = list(norms[steps < step] > (settings['grad_clip'] or math.inf))
+            self.clipped = list((norms > self.history.clip_limits(steps))[steps < step])
         self.pictures_due = time.time() + 100  # a shorter run gets them at its end
         self.start = time.time() - max(self.history.last('time', 1), default=0.0)
         name = settings['wandb_run_name'] or out_dir.name
@@ -135,10 +136,13 @@ class Journal:
         self.put(self.metrics, json.dumps(record) + '\n')
         self.show('record', step, figures, at)
 
-    def update(self, step, loss, grad_norm, lr):
-        """An update of the weights. loss and grad_norm are 0-dim tensors, which stay on the device until read()."""
+    def update(self, step, loss, grad_norm, figures):
+        """
+        An update of the weights. loss and grad_norm are 0-dim tensors, which stay on the device until read(); figures:
+        what else is known of it, such as lr.
+        """
         if self.metrics:
-            self.unread[step] = torch.stack([loss, grad_norm]), lr, time.time()
+            self.unread[step] = torch.stack([loss, grad_norm]), figures, time.time()
             if len(self.unread) == MOST_UNREAD:
                 self.read()
 
@@ -151,13 +155,14 @@ class Journal:
         if unread:
             pairs = torch.stack([pair for pair, _, _ in unread.values()]).tolist()
             limit = self.history.facts['grad_clip'] or math.inf
-            self.clipped += [norm > limit for _, norm in pairs]
+            self.clipped += [norm > known.get('clip_limit', limit)
+                             for (_, norm), (_, known, _) in zip(pairs, unread.values())]
             if figures:
                 figures = {'clip_rate': sum(self.clipped) / len(self.clipped)} | figures
                 self.clipped = []
-            for (step, (_, lr, at)), (loss, norm) in zip(unread.items(), pairs):
+            for (step, (_, known, at)), (loss, norm) in zip(unread.items(), pairs):
                 more = figures if figures and step == max(unread) else {}
-                self.write_record(step, {'loss': loss, 'grad_norm': norm, 'lr': lr} | more, at)
+                self.write_record(step, {'loss': loss, 'grad_norm': norm} | known | more, at)
             self.start_sinks()
         if figures:
             for line in self.history.news():

@@ -16,9 +16,12 @@ import os
 import sys
 import time
 import types
+from contextlib import redirect_stdout
 from pathlib import Path
 
 HOUSE = Path(__file__).resolve().parent.parent  # the folder that holds train.py, config/ and data/
+
+TYPES = int, float, bool, str, type(None)  # of settings
 
 given = set()  # names that this command line or one of its config files has set: a resumed run keeps those
 
@@ -57,31 +60,66 @@ def apply(settings, rules=(), operands=None):
     if hasattr(sys.stdout, 'reconfigure'):  # no character may end a run on a console that lacks it; live through pipes
         sys.stdout.reconfigure(errors='replace', line_buffering=True)
     sys.excepthook = tell
-    types_of_settings = int, float, bool, str, type(None)
-    names = [k for k, v in settings.items() if not k.startswith('_') and type(v) in types_of_settings]
-    defaults = {k: settings[k] for k in names}
-    words = sys.argv[1:]
-    if '--help' in words or '-h' in words:
-        print_help(settings, names)
+    defaults = {k: v for k, v in settings.items() if not k.startswith('_') and type(v) in TYPES}
+    if {'--help', '-h'} & set(sys.argv[1:]):
+        print_help(settings, list(defaults))
         raise SystemExit(0)
+    given.update(read_words(sys.argv[1:], settings, defaults, operands))
+    config = {k: settings[k] for k in defaults}
+    check(rules, config)
+    return config
+
+
+def read_script(path):
+    """
+    (settings, rules) of another script, {name: default} and the list it gives to apply, as its source has them:
+    nothing of it is run.
+    """
+    names = {}
+    for node in ast.parse(Path(path).read_text(encoding='utf-8')).body:
+        calls = [n for n in ast.walk(node) if isinstance(n, ast.Call) and getattr(n.func, 'attr', '') == 'apply']
+        if calls:  # what is assigned from here on is no setting
+            rules = ast.unparse(calls[0].args[1]) if len(calls[0].args) > 1 else '[]'
+            return ({name: value for name, value in names.items() if not name.startswith('_') and type(value) in TYPES},
+                    names[rules] if rules in names else ast.literal_eval(rules))
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:  # 60 * 1000 is a default too; a call is none
+                names[node.targets[0].id] = eval(ast.unparse(node.value), {'__builtins__': {}}, names)
+            except Exception:
+                continue
+    return {}, []
+
+
+def settings_of(path, words):
+    """The settings that another script would have, started with these words: train.py with config/x.py --seed=3."""
+    settings, rules = read_script(path)
+    defaults = dict(settings)
+    with redirect_stdout(None):  # nothing is overridden here
+        read_words(words, settings, defaults)
+    check(rules, settings)
+    return settings
+
+
+def read_words(words, settings, defaults, operands=None):
+    """Put the words of a command line into settings, whose defaults tell the types. Returns the names they set."""
+    words, names = list(words), set()
     while words:
         word = words.pop(0)
         if word.startswith('--'):
             name, is_joined, text = word[2:].partition('=')
             if name not in defaults:
-                fail(f'--{name}: there is no such setting{nearest(name, names)}; --help lists them all')
+                fail(f'--{name}: there is no such setting{nearest(name, defaults)}; --help lists them all')
             if not is_joined:
                 text = next_value(name, words, defaults[name])
             override(settings, name, parse(name, text, defaults[name]))
+            names.add(name)
         elif word.endswith('.py') and operands is None:
-            run_config_file(word, settings, defaults)
+            names.update(run_config_file(word, settings, defaults))
         elif operands is not None and not word.startswith('-'):
             operands.append(word)
         else:
             fail(f'{word}: settings are given as --name=value, config files as a path that ends in .py')
-    config = {k: settings[k] for k in names}
-    check(rules, config)
-    return config
+    return names
 
 
 def adopt(settings, saved, config, rules, fixed=(), launch=()):
@@ -128,7 +166,6 @@ def names_in(condition):
 
 def override(settings, name, value):
     settings[name] = value
-    given.add(name)
     print(f'Overriding: {name} = {value}')
 
 
@@ -172,31 +209,48 @@ def check_type(name, value, default, where):
 
 
 def run_config_file(word, settings, defaults):
-    """Run a config file in a namespace of the settings so far, and take over what it has assigned."""
+    """Run a config file in a namespace of the settings so far, and take over what it has assigned: those names."""
+    namespace, assigned = execute(word, {name: settings[name] for name in defaults})
+    check_names(word, namespace, assigned, defaults)
+    print(f'Overriding config with {word}')
+    names = []
+    for name, value in namespace.items():
+        if name in defaults and (name in assigned or value is not settings[name]):
+            override(settings, name, check_type(name, value, defaults[name], f'{word}: {name} = {value!r}'))
+            names.append(name)
+    return names
+
+
+def check_names(word, namespace, assigned, known):
+    """What a file of a user's own assigns to is a setting, or starts with an underscore; else it is a typing error."""
+    for name in assigned:  # a name that is not in the namespace belongs to one of its functions, or was deleted
+        if name in namespace and name not in known and not name.startswith('_') and not isinstance(
+                namespace[name], types.ModuleType | types.FunctionType | type):
+            fail(f'{word}: {name}: there is no such setting{nearest(name, known)}; '
+                 'a name of your own starts with an underscore')
+
+
+def execute(word, names, kind='config'):
+    """Run a file of a user's own, from here or from the house, with these names: its namespace, what it assigns."""
     path = Path(word)
     if not path.exists() and (HOUSE / path).exists():
         path = HOUSE / path
     try:
         source = path.read_text(encoding='utf-8')
         tree = ast.parse(source)
-        namespace = {name: settings[name] for name in defaults} | {'__file__': str(path), '__name__': '__config__'}
-        print(f'Overriding config with {word}')
+        namespace = names | {'__file__': str(path), '__name__': '__config__'}
         exec(compile(tree, str(path), 'exec'), namespace)
     except FileNotFoundError:
-        known = sorted(f'config/{p.name}' for p in (HOUSE / 'config').glob('*.py'))
-        fail(f'{word}: there is no such config file{nearest(word, known)}')
+        known = sorted(p.relative_to(HOUSE).as_posix() for p in (HOUSE / 'config').rglob('*.py'))
+        fail(f'{word}: there is no such {kind} file{nearest(word, known)}')
     except SyntaxError as error:
         fail(f'{word}, line {error.lineno}: {error.msg}')
     except (Exception, SystemExit) as error:  # whatever their own code does wrong is theirs to mend
+        if isinstance(error, SystemExit) and error.code == 2:  # a fail() of ours, which has told it
+            raise
         fail(f'{word}: {type(error).__name__}: {error}')
-    assigned = dict.fromkeys(n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
-    for name, value in namespace.items():
-        if name in defaults and (name in assigned or value is not settings[name]):
-            override(settings, name, check_type(name, value, defaults[name], f'{word}: {name} = {value!r}'))
-        elif name not in defaults and name in assigned and not name.startswith('_'):
-            if not isinstance(value, types.ModuleType | types.FunctionType | type):
-                fail(f'{word}: {name}: there is no such setting{nearest(name, defaults)}; '
-                     'a name of your own starts with an underscore')
+    return namespace, dict.fromkeys(
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
 
 
 def nearest(name, names):
@@ -211,8 +265,11 @@ def print_help(settings, names):
         print('\nsettings (--name=value, or in a config file):')
     source = Path(settings['__file__']).read_text(encoding='utf-8')
     lines = source.splitlines()
-    assignments = {n.lineno: n for n in ast.parse(source).body
-                   if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', None) in names}
+    assignments, missing = {}, set(names)
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in missing:
+            missing.remove(node.targets[0].id)  # further down a script may assign to it again
+            assignments[node.lineno] = node
     for number in range(min(assignments, default=1) - 1, max(assignments, default=-1) + 1):
         line = lines[number - 1]
         if number in assignments:

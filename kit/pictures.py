@@ -124,6 +124,20 @@ def layers(runs, path=None, x='steps', show=False):
         return finish(fig, path, show)
 
 
+def schedule(rates, name, path=None, show=False):
+    """The learning rates of all steps of a run, before it is made; its last one is that of step len(rates) - 1."""
+    with style():
+        fig = new_figure((8, 2.6), show)
+        ax = fig.subplots()
+        ax.plot(np.arange(len(rates)), rates, color=TRAIN)
+        ax.set_xlim(-0.02 * len(rates), 1.02 * len(rates))
+        ax.set_ylim(0, 1.06 * max(rates))
+        ax.set(title=shortened(name, 100), xlabel='steps', ylabel=RATE)
+        ax.xaxis.set_major_formatter(lambda value, _: f'{value:,.0f}')
+        ax.yaxis.set_major_formatter(plain)
+        return finish(fig, path, show)
+
+
 def attention(maps, labels, path=None):
     """
     Who looks where: a heat map for each layer (rows) and head (columns). maps: (L, H, T, T) of weights, a query's
@@ -156,6 +170,40 @@ def attention(maps, labels, path=None):
                 ax.set_ylabel(f'layer {layer}', fontsize=8)
         fig.colorbar(image, ax=axes, label='attention weight', shrink=min(1, 3 / (side * n_layers)), pad=0.01)
         fig.suptitle(', '.join(left_out) or 'attention: each row is a position, and where it looks', fontsize=9)
+        return finish(fig, path)
+
+
+def lr_finder(rates, losses, curve, suggested, path=None):
+    """
+    A range test: the losses over the rates they were met at, the curve through them, and the rate that is suggested,
+    None where it shows none.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator
+    rates, losses, curve = (np.asarray(values, dtype=np.float64) for values in (rates, losses, curve))
+    good = np.isfinite(losses)
+    with style():
+        fig = new_figure((8, 4.2), show=False)
+        ax = fig.subplots()
+        ax.plot(rates[good], losses[good], color=FAINT, linewidth=0.6, label='single steps')
+        ax.plot(rates, curve, color=DARK, label='smoothed')
+        ax.set_xscale('log')
+        ax.xaxis.set_major_locator(LogLocator(numticks=12))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f'{rate:.0e}'))
+        ax.set(xlabel=RATE, ylabel=LOSS, xlim=(rates[0] / 1.3, rates[-1] * 1.3))
+        if good.any():
+            low, start = curve.min(), max(curve[0], losses[good][0])
+            top = start + 0.15 * max(start - low, 0.1)  # what diverges goes out of the picture
+            ax.set_ylim(min(low, losses[good].min()) - 0.08 * (top - low), top)
+        if not good.all():
+            ax.plot(rates[~good], np.zeros((~good).sum()), '|', markersize=9, color=BAD, clip_on=False,
+                    transform=ax.get_xaxis_transform(), label='not finite')
+        if suggested:
+            at = curve[np.abs(np.log(rates / suggested)).argmin()]
+            ax.axvline(suggested, color=VAL, linewidth=0.9, linestyle='--')
+            ax.plot(suggested, at, 'o', markersize=9, markerfacecolor='none', markeredgecolor=VAL)
+            ax.annotate(f'suggested: {suggested:.1e}', (suggested, 1), xycoords=ax.get_xaxis_transform(), color=VAL,
+                        xytext=(5, -12), textcoords='offset points')
+        ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.1, handlelength=1.6)
         return finish(fig, path)
 
 

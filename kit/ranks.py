@@ -9,6 +9,8 @@ One process alone is rank 0 of 1, and nothing here imports torch.distributed for
 import os
 import sys
 
+from kit.overrides import fail
+
 rank = int(os.environ.get('RANK', 0))
 local_rank = int(os.environ.get('LOCAL_RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
@@ -44,6 +46,13 @@ def wrap(model, device):
     from torch.nn.parallel import DistributedDataParallel
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
                                    gradient_as_bucket_view=True)  # one copy of the gradients less in memory
+
+
+def share(n, name):
+    """n things over all processes: how many are this one's. name: of the setting that counts them."""
+    if n % world_size:
+        fail(f'{name} = {n}: it counts over all processes and must be a multiple of their number, {world_size}')
+    return n // world_size
 
 
 def exchange_gradients(model, now):

@@ -154,6 +154,20 @@ def test_back_to_before_the_trouble_with_other_text(hooked, tiny):
     assert losses(result)[4] == sound[4] and losses(result)[5] != sound[5]
 
 
+def test_what_steers_the_run_goes_back_too(hooked, tiny):
+    """The val losses and norms of the steps that are made again count once."""
+    code = spoil(range(8, 99)) + ('\nfrom kit import checkpoints\nSOUND_BEFORE = checkpoints.before\n'
+                                  'def before(*args):\n'
+                                  '    NOW.clear(), NOW.append(-1), NOW.append("no more")\n'
+                                  '    return SOUND_BEFORE(*args)\n'
+                                  'checkpoints.before = before\n')
+    result = hooked(code, '--max_bad_steps=4', '--max_iters=16')
+    assert result.status == 0 and 'back to checkpoints/step_0000005.pt' in result.out, result.out + result.err
+    saved = state(tiny / 'checkpoints')
+    assert len(saved['val_losses']) == len([0, 5, 10, 15]) and saved['iter_num'] == 16
+    assert sum(map(math.isfinite, saved['recent_norms'])) == 16
+
+
 def test_it_stops_the_second_time(hooked, tiny):
     result = hooked(spoil(range(6, 99)), '--max_bad_steps=4', '--max_iters=40')
     assert result.status == 1 and 'Traceback' not in result.err
