@@ -1,6 +1,9 @@
 """The command line of every script, on a script of six settings."""
 
 import pytest
+from conftest import HOUSE
+
+from kit import overrides
 
 SCRIPT = '''"""A script."""
 import sys
@@ -23,7 +26,6 @@ print(list(config.values()) == [batch_size, learning_rate, compile, decay_lr, st
 
 @pytest.fixture
 def script(run, tmp_path):
-    from conftest import HOUSE
     path = tmp_path / 'script.py'
 
     def launch(*args, operands=''):
@@ -138,3 +140,33 @@ def test_mistakes_in_config_files(script, tmp_path, source, named):
     assert result.status == 2 and result.err.count('\n') == 1
     for word in named:
         assert word in result.err
+
+
+def test_a_script_is_read_without_being_run(tmp_path):
+    (tmp_path / 's.py').write_text(
+        'import nowhere\nlog = nowhere.open()\nbatch_size = 2 * 6\nrate = -1.5  # why\nnothing = None\n_private = 1\n'
+        'names = ["a"]\nRULES = ["batch_size > 1", "rate < 0  # below"]\nif True:\n    inner = 3\n'
+        'config = overrides.apply(globals(), RULES)\nlater = 3\n')
+    assert overrides.read_script(tmp_path / 's.py') == (
+        {'batch_size': 12, 'rate': -1.5, 'nothing': None}, ['batch_size > 1', 'rate < 0  # below'])
+    (tmp_path / 'c.py').write_text('batch_size = batch_size + 1\n')
+    assert overrides.settings_of(tmp_path / 's.py', [str(tmp_path / 'c.py'), '--rate=-2']) == {
+        'batch_size': 13, 'rate': -2.0, 'nothing': None}
+
+
+@pytest.mark.parametrize('args, named', [(['--rat=-2'], 'rate'), (['--rate=2'], 'below'), (['--rate=x'], 'number')])
+def test_mistakes_in_the_settings_of_another_script(tmp_path, capsys, args, named):
+    (tmp_path / 's.py').write_text('rate = -1.5\noverrides.apply(globals(), ["rate < 0  # below"], operands=[])\n')
+    with pytest.raises(SystemExit) as end:
+        overrides.settings_of(tmp_path / 's.py', args)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and named in err and err.count('\n') == 1 and not out
+
+
+def test_what_is_read_of_train_is_what_it_has(run, tmp_path):
+    """Every setting that its --help shows, with this default."""
+    settings, rules = overrides.read_script(HOUSE / 'train.py')
+    shown = [line.split()[0][2:].partition('=') for line in run('train.py', '--help').out.splitlines()
+             if line.startswith('  --')]
+    assert [name for name, _, _ in shown] == list(settings) and len(rules) > 20
+    assert all(eval(default) == settings[name] for name, _, default in shown if ' ' not in default)
