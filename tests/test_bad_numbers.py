@@ -40,6 +40,17 @@ AveragedModel.update_parameters = lambda *args: SOUND_UPDATE(*args) if NOW[0] no
 '''
 
 
+# nothing is bad any more once the run has gone back
+NO_MORE = '''
+from kit import checkpoints
+SOUND_BEFORE = checkpoints.before
+def before(*args):
+    NOW.clear(), NOW.append(-1), NOW.append('no more')
+    return SOUND_BEFORE(*args)
+checkpoints.before = before
+'''
+
+
 def spoil(steps, what='loss', value='float("nan")', rank='0'):
     return SPOIL.format(steps=set(steps), what=what, value=value, rank=rank)
 
@@ -135,11 +146,7 @@ def test_a_rate_that_makes_infinite_weights(hooked, tiny):
 
 def test_back_to_before_the_trouble_with_other_text(hooked, tiny):
     """Steps 6 and on are bad until the run has gone back; ckpt.pt and step_0000010.pt are from amidst them."""
-    code = spoil(range(6, 99)) + ('\nfrom kit import checkpoints\nSOUND_BEFORE = checkpoints.before\n'
-                                  'def before(*args):\n'
-                                  '    NOW.clear(), NOW.append(-1), NOW.append("no more")\n'
-                                  '    return SOUND_BEFORE(*args)\n'
-                                  'checkpoints.before = before\n')
+    code = spoil(range(6, 99)) + NO_MORE
     result = hooked(code, '--max_bad_steps=4', '--max_iters=16', '--sampling=random')
     assert result.status == 0, result.out + result.err
     # looked at every 4 steps: at 12 six were bad
@@ -156,11 +163,7 @@ def test_back_to_before_the_trouble_with_other_text(hooked, tiny):
 
 def test_what_steers_the_run_goes_back_too(hooked, tiny):
     """The val losses and norms of the steps that are made again count once."""
-    code = spoil(range(8, 99)) + ('\nfrom kit import checkpoints\nSOUND_BEFORE = checkpoints.before\n'
-                                  'def before(*args):\n'
-                                  '    NOW.clear(), NOW.append(-1), NOW.append("no more")\n'
-                                  '    return SOUND_BEFORE(*args)\n'
-                                  'checkpoints.before = before\n')
+    code = spoil(range(8, 99)) + NO_MORE
     result = hooked(code, '--max_bad_steps=4', '--max_iters=16')
     assert result.status == 0 and 'back to checkpoints/step_0000005.pt' in result.out, result.out + result.err
     saved = state(tiny / 'checkpoints')
