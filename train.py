@@ -187,9 +187,8 @@ def get_starts(split, step):
 def get_batch(split, step, micro_step):
     """x and y of one micro-step of this process, each (batch_size, block_size); y is x moved on by one token."""
     step, micro_step = step + micro_step // micro_steps, micro_step % micro_steps  # the one after the last
-    starts = get_starts(split, step)
     first = (micro_step * ranks.world_size + ranks.rank) * batch_size
-    rows = batches.windows(data[split], starts[first:first + batch_size], block_size)  # (B, T + 1)
+    rows = batches.windows(data[split], get_starts(split, step)[first:first + batch_size], block_size)  # (B, T + 1)
     rows = devices.send(rows, device)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -457,8 +456,7 @@ while True:
         epoch = (step + 1) / steps_per_epoch
         eta = seconds * (max_iters - step - 1) if budget.is_fitted else budget.left()
         print(f'iter {step}: loss {loss_of_step:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu:.2%}, lr {lr:.1e}, '
-              f'norm {grad_norm:.2f}, {short(rate)} tok/s, eta {duration(eta)}, '
-              f'epoch {epoch:.2f}')
+              f'norm {grad_norm:.2f}, {short(rate)} tok/s, eta {duration(eta)}, epoch {epoch:.2f}')
         journal.read({'time_ms': seconds * 1000, 'data_ms': data_seconds / steps_timed * 1000,
                       'tokens_per_second': rate, 'mfu': mfu, 'epoch': epoch, 'bad_steps': int(bad_steps[1])}
                      | layers | devices.usage(device))
