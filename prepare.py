@@ -1,10 +1,18 @@
 """
 Turn text into a dataset folder: data/<name>/train.bin, val.bin, test.bin and what describes them.
 
-$ python prepare.py shakespeare_char                                    a known dataset: python_docs,
-                                                                        shakespeare_char, shakespeare, openwebtext
+$ python prepare.py shakespeare_char                                    a known dataset: python_docs, shakespeare_char,
+                                                                        shakespeare, python_docstrings, openwebtext
 $ python prepare.py shakespeare_char --input=input.txt                  the same where there is no network
-$ python prepare.py --input=book.txt --dataset=book --tokenizer=gpt2    any text of yours, a file or a folder
+$ python prepare.py --input=book.txt --dataset=book --tokenizer=gpt2    any text of yours: a file, a folder, a glob in
+                                                                        quotes, several with commas between
+$ python prepare.py --input='crawl/*.jsonl.zst' --dataset=crawl --tokenizer=bpe --vocab_size=8192
+$ python prepare.py --input=hf:roneneldan/TinyStories --dataset=stories --tokenizer=gpt2
+$ python prepare.py --input=english_german.tsv --dataset=translation    pairs: prompt, tab, response
+$ zcat book.gz | python prepare.py --input=- --dataset=book
+
+Interrupted, it goes on with the same command. Documents (a text file, or a row of a table) are kept apart by the id of
+<|endoftext|>; with 100 or more of them each is whole in train, val or test.
 """
 
 import re
@@ -15,12 +23,28 @@ from kit import corpora, overrides
 # settings
 
 dataset = ''                # the name of the folder in data/; a known name can stand alone: prepare.py shakespeare
-input = ''                  # a file of text, or a folder with .txt, .md and .py files
-tokenizer = ''              # char or gpt2; '' = char, or what the known dataset has
+input = ''                  # text (.txt .md .py), rows (.jsonl[.gz|.zst] .csv .parquet), pairs (.tsv), - for standard
+                            # input, or hf:OWNER/NAME[:CONFIG[:SPLIT]], streamed with the package datasets
+tokenizer = ''              # char, byte, bpe (learned from the text), gpt2, or another name of tiktoken's; '' = char
+vocab_size = 4096           # ids of bpe: 256 bytes, merges, and the end of text
+text_key = 'text'           # the key or column of a row that holds its text
+pairs = False               # the rows are pairs, with the keys prompt and response; a .tsv always is
+split = '90,5,5'            # percent of train, val and test (0 = no test)
+seed = 1337                 # draws the documents of val and test
+errors = 'strict'           # bytes that are no UTF-8: strict names the first, replace puts U+FFFD in their place
+shard_size = 100_000_000    # tokens in a file; more of a split makes train_000000.bin, train_000001.bin, ...
 overwrite = False           # replace a dataset that is there already
 
+RULES = [
+    'vocab_size >= 258  # 256 bytes, the end of text and at least one merge; hundreds to some tens of thousands',
+    'vocab_size <= 1_000_000',
+    'seed >= 0',
+    'errors in ("strict", "replace")  # strict or replace',
+    'shard_size >= 1000',
+]
+
 names = []
-overrides.apply(globals(), ['tokenizer in ("", "char", "gpt2")'], operands=names)
+overrides.apply(globals(), RULES, operands=names)
 if len(names) > 1 or names and dataset:
     overrides.fail(f'{" ".join(names)}: one dataset at a time')
 dataset = dataset or ''.join(names)
@@ -28,5 +52,6 @@ if not re.fullmatch(r'[\w-][\w.-]*', dataset):
     overrides.fail(f'dataset = {dataset!r}: it needs a name, such as --dataset=mytext, or one of '
                    f'{", ".join(corpora.SMALL + corpora.LARGE)}')
 
-corpora.prepare(dataset, input, tokenizer, overwrite)
+corpora.prepare(dataset, input, tokenizer, overwrite, vocab_size=vocab_size, text_key=text_key, pairs=pairs,
+                split=split, seed=seed, errors=errors, shard_size=shard_size)
 print(f'next: python train.py --dataset={dataset}')

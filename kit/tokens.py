@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import numpy as np
 from kit.overrides import HOUSE, fail
 
 END = '<|endoftext|>'  # what stands behind each document, as text; its id is meta['end_of_text']
+
+MASK = '[MASK]'  # what a hidden token is shown as
 
 HASH_UP_TO = 64 * 2**20  # bytes: larger files have their size checked at each start, not their hash
 SCAN_UP_TO = 50_000_000  # tokens: of larger splits a sample is searched for ids beyond the vocabulary
@@ -86,14 +89,24 @@ def tokenizer(description):
     if 'ranks' not in description:  # a nanoGPT folder or checkpoint: all that is known is the name
         return BPETokenizer(tiktoken_encoding(description['name']))
     import tiktoken
-    ranks = {base64.b64decode(token): rank for rank, token in enumerate(description['ranks'].split())}
+    ranks = {base64.b64decode(token): rank for rank, token in enumerate(description['ranks'].split('\n')) if token}
     return BPETokenizer(tiktoken.Encoding(description['name'], pat_str=description['pattern'], mergeable_ranks=ranks,
                                           special_tokens=description['special']))
 
 
 def decode(tokens, ids):
-    """Ids -> text. Bytes that are no whole UTF-8 character become the replacement character."""
-    return tokens.decode_bytes(ids).decode('utf-8', errors='replace')
+    """
+    Ids -> text. Bytes that are no whole UTF-8 character become the replacement character, ids beyond the tokenizer's
+    (the one that hides a token) become MASK.
+    """
+    pieces = [MASK.encode() * len(list(run)) if is_beyond else tokens.decode_bytes(list(run))
+              for is_beyond, run in groupby(ids, lambda i: i >= tokens.size)]
+    return b''.join(pieces).decode('utf-8', errors='replace')
+
+
+def beginning(tokens, meta):
+    """The ids that a new text begins with: end_of_text where it stands between documents, else a line break."""
+    return [meta['end_of_text']] if meta.get('documents') else tokens.encode('\n')
 
 
 def bytes_per_token(meta, ids):
@@ -129,7 +142,8 @@ def tiktoken_encoding(name):
 
 def describe_bpe(encoding):
     """meta['tokenizer'] for a tiktoken encoding, whole."""
-    ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    token_of = {rank: token for token, rank in encoding._mergeable_ranks.items()}
+    ranks = (token_of.get(rank, b'') for rank in range(max(token_of) + 1))  # p50k has its END among them: a gap
     return {'kind': 'bpe', 'name': encoding.name, 'pattern': encoding._pat_str, 'special': encoding._special_tokens,
             'ranks': '\n'.join(base64.b64encode(token).decode() for token in ranks)}
 
@@ -251,9 +265,12 @@ def check_meta(meta):
     return meta
 
 
-def padded_vocab_size(meta):
-    """The vocabulary of a new model: large ones are rounded up to a multiple of 64 (50257 to 50304), as in nanoGPT."""
-    size = meta['vocab_size']
+def padded_vocab_size(meta, with_mask=False):
+    """
+    The vocabulary of a new model: large ones are rounded up to a multiple of 64 (50257 to 50304), as in nanoGPT.
+    with_mask: and one more id, the next free one, which hides a token.
+    """
+    size = meta['vocab_size'] + with_mask
     return size if size < 1024 else (size + 63) // 64 * 64
 
 

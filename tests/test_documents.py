@@ -1,0 +1,502 @@
+"""prepare.py on anything: formats, tokenizers, splits, pairs, mistakes, interruptions."""
+
+import ast
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import HOUSE, MIRROR, TINY, needs_mirror, some_text
+from tqdm import tqdm
+
+from kit import bins, documents, tokens
+
+END = tokens.END
+# what is hard: quotes, tabs, line breaks of all kinds, an empty one, END as text, characters of one to four bytes
+ODD = ['', 'a "quoted", word\n', 'tab\there\n\n', f'it says {END} as text', '\u00fc\u4e16\U0001f600 caf\u00e9', ' ',
+       f'{END}{END}', "don't  stop\n   now"]
+DOCUMENTS = [some_text(20 + i % 150, seed=i) for i in range(250)] + ODD
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / 'data').mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def prepare(run, place):
+    """prepare('--input=x', code='') -> Result, of a launch that has to succeed; code is run before the script."""
+    def launch(*args, code='', env=None, status=0):
+        script = place / 'prepare_hooked.py'
+        script.write_text(f'import sys; sys.path.insert(0, {str(HOUSE)!r})\n{code}\n'
+                          f'exec(open({str(HOUSE / "prepare.py")!r}).read())')
+        result = run(script if code else 'prepare.py', '--dataset=x', *args, env=env)
+        assert result.status in (status, 9), result.err  # 9: cut off by the code
+        return result
+    return launch
+
+
+def write_jsonl(path, texts, key='text'):
+    path.write_text(''.join(json.dumps({'n': 3, key: text}) + '\n' for text in texts), encoding='utf-8')
+
+
+def write_csv(path):
+    with open(path, 'w', newline='', encoding='utf-8-sig') as file:
+        csv.writer(file).writerows([['n', 'text'], *([3, text] for text in DOCUMENTS)])
+
+
+def write_parquet(path):
+    pyarrow = pytest.importorskip('pyarrow')
+    table = pyarrow.table({'n': [3] * len(DOCUMENTS), 'text': DOCUMENTS})
+    pytest.importorskip('pyarrow.parquet').write_table(table, path, row_group_size=100)
+
+
+def write_zst(path):
+    zstandard = pytest.importorskip('zstandard')
+    write_jsonl(path, DOCUMENTS)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b''.join(zstandard.compress(b''.join(part)) for part in (lines[:99], lines[99:])))  # two frames
+
+
+def write_gz(path):
+    write_jsonl(path, DOCUMENTS)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def write_files(path):
+    path.mkdir()
+    for i, text in enumerate(DOCUMENTS):
+        (path / f'{i:03}{(".txt", ".md", ".py")[i % 3]}').write_bytes(text.encode())
+    (path / 'picture.png').write_bytes(b'\xff\xfe\x00')
+
+
+FORMATS = {'x.jsonl': lambda path: write_jsonl(path, DOCUMENTS), 'x.jsonl.gz': write_gz, 'x.jsonl.zst': write_zst,
+           'x.csv': write_csv, 'x.parquet': write_parquet, 'folder': write_files}
+
+
+def expected(encode, end, documents=DOCUMENTS, seed=1337):
+    """Document by document, as everybody writes it."""
+    found = {'train': [], 'val': [], 'test': []}
+    for text, code in zip(documents, bins.deal(0, len(documents), [90, 5, 5], seed)):
+        found[('train', 'val', 'test')[code]] += [*encode(text), end]
+    return found
+
+
+def check(folder, found):
+    data, meta = tokens.read_dataset(folder)
+    assert {split: data[split][:].tolist() for split in data} == found
+    return meta
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_formats_are_one_text(prepare, place, name):
+    FORMATS[name](place / name)
+    prepare(f'--input={name}')
+    chars = sorted(set(''.join(DOCUMENTS)))
+    meta = check(place / 'data/x', expected(lambda text: [chars.index(c) for c in text], len(chars)))
+    assert meta['tokenizer']['chars'] == chars + [END] and meta['end_of_text'] == len(chars)
+    assert sum(meta['documents'].values()) == len(DOCUMENTS) and 10 <= meta['documents']['val'] <= 15
+    assert not (place / 'data/x/part').exists()
+
+
+@needs_mirror
+@pytest.mark.parametrize('tokenizer', ['byte', 'gpt2', 'bpe'])
+def test_tokenizers_are_the_loop(prepare, place, tokenizer):
+    write_jsonl(place / 'x.jsonl', DOCUMENTS)
+    if tokenizer == 'bpe':
+        pytest.importorskip('tokenizers')
+    prepare('--input=x.jsonl', f'--tokenizer={tokenizer}', '--vocab_size=300', '--seed=3',
+            env={'FLATGPT_MIRROR': str(MIRROR)})
+    meta = tokens.read_meta(place / 'data/x')
+    text = tokens.tokenizer(meta['tokenizer'])
+    encode = (lambda t: t.encode()) if tokenizer == 'byte' else text.encoding.encode_ordinary
+    check(place / 'data/x', expected(encode, meta['end_of_text'], seed=3))
+    assert meta['end_of_text'] == meta['vocab_size'] - 1 == {'byte': 256, 'gpt2': 50256, 'bpe': 299}[tokenizer]
+    for sample in DOCUMENTS:
+        assert tokens.decode(text, text.encode(sample)) == sample
+
+
+def test_bpe_learns_what_its_library_learns(prepare, place):
+    """The vocabulary as tiktoken has it encodes as the package that it was learned with, and small texts give less."""
+    pytest.importorskip('tokenizers')
+    (place / 'x.txt').write_text(some_text(200_000), encoding='utf-8')
+    result = prepare('--input=x.txt', '--tokenizer=bpe', '--vocab_size=5000')
+    meta = tokens.read_meta(place / 'data/x')
+    assert f'no more than {meta["vocab_size"]:,} ids' in result.out and 500 < meta['vocab_size'] < 5000
+    text = tokens.tokenizer(meta['tokenizer'])
+    assert text.decode_bytes(text.encode('plain text')) == b'plain text' and text.specials == {text.size - 1}
+    sizes = {split: entry['tokens'] for split, entry in meta['files'].items()}
+    assert sum(sizes.values()) < 200_000 / 3  # bytes a token
+
+
+@needs_mirror
+@pytest.mark.parametrize('line_end', ['\n', '\r\n'])
+def test_a_large_text_is_cut_where_no_token_is(prepare, place, line_end, monkeypatch):
+    text = (MIRROR / 'tinyshakespeare.txt').read_text()[:300_000] + '\u4e16\u754c\uff0c ' * 200 + ODD[4]
+    (place / 'x.txt').write_bytes(('\ufeff' + text).replace('\n', line_end).encode())
+    small = 'from kit import bins, documents; documents.BLOCK = 997; bins.BATCH = 1'
+    result = prepare('--input=x.txt', '--tokenizer=gpt2', code=small, env={'FLATGPT_MIRROR': str(MIRROR)})
+    whole = tokens.tiktoken_encoding('gpt2').encode_ordinary(text)
+    data, meta = tokens.read_dataset(place / 'data/x')
+    assert np.concatenate([data[split] for split in ('train', 'val', 'test')]).tolist() == whole
+    assert len(data['train']) == len(whole) * 9 // 10 and 'documents' not in meta
+    assert '5%' in meta['split'] and 'tokens' in meta['split'] and 'train has' in result.out
+
+
+def test_a_text_without_a_place_to_cut(place, monkeypatch):
+    monkeypatch.setattr(documents, 'BLOCK', 101)
+    (place / 'x.txt').write_bytes(b'1,2\r\n' * 2000)
+    found = list(documents.read([place / 'x.txt'], bar=tqdm(disable=True)))
+    assert ''.join(text for text, _ in found) == '1,2\n' * 2000 and 4 < len(found) < 10
+    assert [ends for _, ends in found] == [False] * (len(found) - 1) + [True]
+
+
+def test_several_inputs(prepare, place):
+    """With commas between, a glob, and few documents: cut by tokens, and which document ends where is counted."""
+    for name in 'a1.txt', 'a2.txt', 'b.md':
+        (place / name).write_text(name[:2] * 100)
+    write_jsonl(place / 'c.jsonl', ['x' * 200, 'y' * 200], key='body')
+    prepare('--input=c.jsonl,a*.txt, b.md', '--text_key=body', '--tokenizer=byte', '--split=50,50,0')
+    data, meta = tokens.read_dataset(place / 'data/x')
+    whole = ''.join(f'{text}{END}' for text in ('x' * 200, 'y' * 200, 'a1' * 100, 'a2' * 100, 'b.' * 100))
+    assert tokens.decode(tokens.ByteTokenizer(), np.concatenate([data['train'], data['val']])) == whole
+    assert len(data['train']) == 1005 // 2 and len(data['val']) == 503
+    assert meta['documents'] == {'train': 2, 'val': 3, 'test': 0} and not (place / 'data/x/test.bin').exists()
+
+
+def test_standard_input(prepare, place):
+    (place / 'x.txt').write_text(some_text())
+    prepare('--input=-', code='sys.stdin = open("x.txt")')
+    files = tokens.read_meta(place / 'data/x')['files']
+    prepare('--input=x.txt', '--overwrite')
+    assert tokens.read_meta(place / 'data/x')['files'] == files
+
+
+@pytest.mark.parametrize('split, counts', [('90,5,5', [90, 5, 5]), ('98, 2, 0', [98, 2, 0]),
+                                           ('99.8,0.1,0.1', [998, 1, 1]), ('37.5,37.5,25', [75, 75, 50])])
+def test_documents_are_dealt(split, counts):
+    """Exactly as many of each run, others for another seed, and the same wherever one begins to ask."""
+    assert bins.parse_split(split) == counts
+    run = sum(counts)
+    codes = bins.deal(0, 5 * run, counts, 1)
+    for i in range(5):
+        assert np.bincount(codes[i * run:][:run], minlength=3).tolist() == counts
+    assert np.array_equal(bins.deal(run // 3, 3 * run + 7, counts, 1), codes[run // 3:3 * run + 7])
+    assert not np.array_equal(codes, bins.deal(0, 5 * run, counts, 2))
+    assert not np.array_equal(codes[:run], codes[run:2 * run])
+
+
+def test_shards_train(prepare, run, place):
+    write_jsonl(place / 'x.jsonl', DOCUMENTS)
+    prepare('--input=x.jsonl', '--shard_size=2000')
+    folder = place / 'data/x'
+    n_shards = len(list(folder.glob('train_*.bin')))
+    assert n_shards > 5 and not (folder / 'train.bin').exists() and (folder / 'val.bin').exists()
+    assert all(path.stat().st_size <= 4000 for path in folder.glob('*.bin'))
+    chars = sorted(set(''.join(DOCUMENTS)))
+    check(folder, expected(lambda text: [chars.index(c) for c in text], len(chars)))
+    result = run('train.py', '--dataset=x', *TINY, '--max_iters=2')
+    assert result.status == 0, result.err
+    assert "did you mean x?" in run('train.py', '--dataset=xx', *TINY).err
+    result = prepare('--input=x.jsonl', '--tokenizer=byte', status=2)
+    assert 'made with char' in result.err and '--overwrite' in result.err
+    (place / 'x.txt').write_text(some_text())
+    prepare('--input=x.txt', '--tokenizer=byte', '--overwrite')  # nothing of the old one stays
+    assert {path.name for path in folder.iterdir()} == {'train.bin', 'val.bin', 'test.bin', 'meta.json'}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pairs
+
+PAIRS = [(f'Frage {i}', some_text(1 + i % 30, seed=i).replace('\n', ' ')) for i in range(150)] + [('', 'no prompt')]
+
+
+def read_pairs(folder):
+    """{split: [(prompt, response)]}, by the rows alone, which lie without a gap."""
+    data, meta = tokens.read_dataset(folder)
+    text, found = tokens.tokenizer(meta['tokenizer']), {}
+    for split, values in data.items():
+        rows = tokens.read_rows(folder, split, len(values))
+        assert rows[0, 0] == 0 and rows[-1, 2] == len(values) and (rows[1:, 0] == rows[:-1, 2]).all()
+        assert {values[i - 1] for i in rows[:, 1:].ravel()} == {meta['end_of_text']} and meta['pairs']
+        found[split] = [(tokens.decode(text, values[a:b - 1]), tokens.decode(text, values[b:c - 1]))
+                        for a, b, c in rows.tolist()]
+        assert meta['documents'][split] == len(rows)
+    return found
+
+
+@pytest.mark.parametrize('name, tokenizer', [('x.tsv', 'char'), ('x.tsv', 'byte'), ('x.jsonl', 'char')])
+def test_pairs(prepare, place, name, tokenizer):
+    if name == 'x.tsv':
+        (place / name).write_text(''.join(f'{prompt}\t{response}\n' for prompt, response in PAIRS))
+        prepare('--input=x.tsv', f'--tokenizer={tokenizer}')
+    else:
+        (place / name).write_text(''.join(json.dumps(dict(zip(('prompt', 'response'), pair))) + '\n' for pair in PAIRS))
+        prepare('--input=x.jsonl', '--pairs')
+    found, codes = read_pairs(place / 'data/x'), bins.deal(0, len(PAIRS), [90, 5, 5], 1337)
+    assert found == {split: [pair for pair, code in zip(PAIRS, codes) if code == i]
+                     for i, split in enumerate(('train', 'val', 'test'))}
+
+
+def test_few_pairs(prepare, place):
+    (place / 'x.tsv').write_text(''.join(f'{prompt}\t{response}\n' for prompt, response in PAIRS[:15]))
+    prepare('--input=x.tsv')
+    assert read_pairs(place / 'data/x') == {'train': PAIRS[:13], 'val': PAIRS[13:14], 'test': PAIRS[14:15]}
+    (place / 'y.tsv').write_text('what is asked' * 10 + '\tan answer\n')
+    assert 'too few' in prepare('--input=y.tsv', '--overwrite', status=2).err
+    assert read_pairs(place / 'data/x')  # the old one is as it was
+
+
+def test_python_docstrings(run, place):
+    assert run('prepare.py', 'python_docstrings').status == 0
+    found = read_pairs(place / 'data/python_docstrings')
+    sources = [source for pairs in found.values() for source, _ in pairs]
+    docstrings = [docstring for pairs in found.values() for _, docstring in pairs]
+    assert len(sources) == len(set(sources)) == len(set(docstrings)) > 2000
+    for source, docstring in found['val'] + found['test']:
+        function = ast.parse(source).body[0]
+        assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and not ast.get_docstring(function)
+        assert len(source) <= 400 and 10 <= len(docstring) <= 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mistakes
+
+
+def text(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+GOOD = json.dumps({'text': 'some words ' * 50}) + '\n'
+
+MISTAKES = {
+    'no JSON': ('a.jsonl', GOOD + GOOD + '{"text": "x\n' + GOOD, [], ['a.jsonl, line 3', 'JSON']),
+    'no object': ('a.jsonl', GOOD + '[1, 2]\n', [], ['a.jsonl, line 2', '[1, 2]']),
+    'no key': ('a.jsonl', GOOD + '{"body": "x", "n": 1}\n', [],
+               ['a.jsonl, line 2', 'text', 'body, n', '--text_key=body']),
+    'no text': ('a.jsonl', GOOD + '{"text": null}\n', [], ['a.jsonl, line 2', 'None']),
+    'pairs': ('a.jsonl', '{"prompt": "x", "response": "y"}\n', [], ['a.jsonl, line 1', '--pairs']),
+    'no pairs': ('a.jsonl', GOOD, ['--pairs'], ['a.jsonl, line 1', 'prompt', 'response']),
+    'text as pairs': ('a.txt', 'x' * 200, ['--pairs'], ['a.txt', '.tsv', 'prompt']),
+    'no column': ('a.csv', 'body,n\n' + 'x,1\n' * 9, [], ['a.csv, line 2', 'body, n', '--text_key=body']),
+    'a short row': ('a.csv', 'text,n\nx,1\n"a\nb"\n', [], ['a.csv, line 4', '1 columns']),
+    'three columns': ('a.tsv', 'x\ty\nx\ty\tz\n', [], ['a.tsv, line 2', '3', 'tab']),
+    'no response': ('a.tsv', 'x\ty\nx\t\n', [], ['a.tsv, line 2', 'empty']),
+    'no UTF-8': ('a.txt', b'\xef\xbb\xbf' + b'a' * 3000 + b'\xe4\xb8', [],
+                 ['a.txt', 'offset 3003', '--errors=replace']),
+    'no UTF-8 in a row': ('a.jsonl', GOOD.encode() + b'{"text": "\xff"}\n', [],
+                          ['a.jsonl', f'offset {len(GOOD) + 10}', '--errors=replace']),
+    'half a character': ('a.jsonl', GOOD + '{"text": "\\ud83d"}\n', [], ['a.jsonl, line 2', '--errors=replace']),
+    'torn gzip': ('a.jsonl.gz', gzip.compress(GOOD.encode() * 99)[:-20], [], ['a.jsonl.gz']),
+    'no gzip': ('a.jsonl.gz', GOOD, [], ['a.jsonl.gz', 'gzip']),
+    'no zstd': ('a.jsonl.zst', GOOD, [], ['a.jsonl.zst']),
+    'no parquet': ('a.parquet', GOOD, [], ['a.parquet']),
+    'no rows': ('a.jsonl', '', [], ['0 characters']),
+    'little text': ('a.txt', 'x' * 99, [], ['99 characters']),
+    'few tokens': ('a.txt', '-' * 128, ['--tokenizer=gpt2'], ['2 tokens', 'too few']),
+    'split': ('a.txt', 'x' * 200, ['--split=90,5'], ['split', '90,5,5']),
+    'no val': ('a.txt', 'x' * 200, ['--split=95,0,5'], ['split', '90,5,5']),
+    'split of words': ('a.txt', 'x' * 200, ['--split=most,some,few'], ['split', 'most']),
+    'vocab_size': ('a.txt', 'x' * 200, ['--tokenizer=bpe', '--vocab_size=257'], ['vocab_size = 257', '256 bytes']),
+    'errors': ('a.txt', 'x' * 200, ['--errors=ignore'], ['ignore', 'replace']),
+    'no glob': ('a.txt', 'x' * 200, ['--input=b*.txt'], ['b*.txt']),
+    'mixed': ('a.tsv', 'x\ty\n', ['--input=a.tsv,text.txt'], ['a.tsv', 'text.txt']),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_mistakes(prepare, place, mistake):
+    name, content, args, named = MISTAKES[mistake]
+    if name.endswith(('.zst', '.parquet')):
+        pytest.importorskip({'.zst': 'zstandard', '.parquet': 'pyarrow'}[name[name.rindex('.'):]])
+    text(place / name, content)
+    text(place / 'text.txt', 'x' * 200)
+    if '--tokenizer=gpt2' in args and not (MIRROR / 'tiktoken').is_dir():
+        pytest.skip('needs FLATGPT_MIRROR')
+    result = prepare(f'--input={name}', *args, env={'FLATGPT_MIRROR': str(MIRROR)}, status=2)
+    assert result.err.count('\n') == 1, result.err
+    for word in named:
+        assert word in result.err, result.err
+    assert os.listdir(place / 'data') == []
+
+
+def test_errors_replace(prepare, place):
+    text(place / 'a.jsonl', GOOD.encode() + b'{"text": "\xff"}\n{"text": "\\ud83d|\\ud83d\\ude00"}\n')
+    prepare('--input=a.jsonl', '--errors=replace')
+    chars = tokens.read_meta(place / 'data/x')['tokenizer']['chars']
+    assert chars[-3:] == ['\ufffd', '\U0001f600', END]
+
+
+@pytest.mark.parametrize('name, package', [('x.jsonl.zst', 'zstandard'), ('x.parquet', 'pyarrow'),
+                                           ('hf:some/thing', 'datasets'), ('x.txt', 'tokenizers')])
+def test_packages_that_are_not_there(prepare, place, name, package):
+    text(place / name.replace(':', '_').replace('/', '_'), 'x' * 200)
+    hide = f'import importlib.util as u; f = u.find_spec; u.find_spec = lambda n: None if n == "{package}" else f(n)'
+    result = prepare(f'--input={name}', '--tokenizer=bpe', code=hide, status=2)
+    assert f'pip install {package}' in result.err and result.err.count('\n') == 1
+    assert os.listdir(place / 'data') == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# interruptions
+
+# many batches, notes and files in little text
+SMALL_STEPS = """
+from kit import bins, documents
+bins.BATCH, bins.N_THREADS, bins.NOTE_EVERY, bins.RAW_SHARD, bins.CHUNK, documents.BLOCK = 1500, 2, -1, 4000, 1000, 700
+"""
+# after so many of the calls that change something, the power goes; in append when half is written
+POWER_CUT = """
+import os
+left = [int(os.environ['CALLS'])]
+def counted(function, half):
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            half and function(*args[:2], args[2][:len(args[2]) // 2], *args[3:])
+            os._exit(9)
+        return function(*args, **kwargs)
+    return call
+for name in 'fsync', 'replace', 'unlink':
+    setattr(os, name, counted(getattr(os, name), False))
+bins.append = counted(bins.append, True)
+"""
+
+
+def is_whole(folder):
+    """Whether train.py would take the folder."""
+    if not tokens.exists(folder):
+        return False
+    try:
+        tokens.read_dataset(folder)
+    except SystemExit:
+        return False
+    return True
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+CASES = {'char': ['--input=x.jsonl', '--shard_size=5000'], 'byte': ['--input=x.txt', '--tokenizer=byte'],
+         'bpe': ['--input=x.jsonl', '--tokenizer=bpe', '--vocab_size=400', '--shard_size=3000'],
+         'pairs': ['--input=x.tsv']}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_power_cuts(prepare, place, case):
+    """Cut off again and again, at ever later calls, it comes to the bytes of a launch that was left alone."""
+    if case == 'bpe':
+        pytest.importorskip('tokenizers')
+    write_jsonl(place / 'x.jsonl', DOCUMENTS)
+    (place / 'x.txt').write_text(''.join(DOCUMENTS))
+    (place / 'x.tsv').write_text(''.join(f'{prompt}\t{response}\n' for prompt, response in PAIRS * 5))
+    prepare(*CASES[case])
+    folder, whole = place / 'data/x', content(place / 'data/x')
+    (place / 'old.txt').write_text(some_text())
+    prepare('--input=old.txt', '--overwrite', '--shard_size=1000')  # what is to be replaced
+    calls, resumed = 1, 0
+    for _ in range(60):
+        result = prepare(*CASES[case], '--overwrite', code=SMALL_STEPS + POWER_CUT, env={'CALLS': str(calls)})
+        resumed += 'going on' in result.out
+        if result.status == 0:
+            break
+        assert content(folder) == whole or not is_whole(folder) or tokens.read_meta(folder)['source'] == 'old.txt'
+        calls += 1 + calls // 5
+    assert content(folder) == whole and resumed > 5
+
+
+def test_another_job_does_not_go_on(prepare, place):
+    write_jsonl(place / 'x.jsonl', DOCUMENTS)
+    cut = dict(code=SMALL_STEPS + POWER_CUT, env={'CALLS': '40'})
+    assert prepare('--input=x.jsonl', **cut).status == 9
+    left = prepare('--input=x.jsonl', '--seed=2', status=2)
+    assert left.err.count('\n') == 1 and 'half-made with another seed' in left.err and '--overwrite' in left.err
+    write_jsonl(place / 'x.jsonl', DOCUMENTS[1:])
+    assert 'another files' in prepare('--input=x.jsonl', status=2).err
+    result = prepare('--input=x.jsonl', '--overwrite')
+    assert 'going on' not in result.out and not (place / 'data/x/part').exists()
+    assert sum(tokens.read_meta(place / 'data/x')['documents'].values()) == len(DOCUMENTS) - 1
+
+
+@pytest.mark.parametrize('calls', [1, 30, 60, 75])
+def test_a_full_disk(prepare, place, calls):
+    write_jsonl(place / 'x.jsonl', DOCUMENTS)
+    prepare('--input=x.jsonl')
+    whole = content(place / 'data/x')
+    full = POWER_CUT.replace('os._exit(9)', "raise OSError(28, 'No space left on device')")
+    result = prepare('--input=x.jsonl', '--overwrite', code=SMALL_STEPS + full, env={'CALLS': str(calls)}, status=2)
+    assert result.err.count('\n') == 1 and 'No space left' in result.err
+    assert content(place / 'data/x') == whole  # the old one
+    assert ('goes on' in result.err) == (place / 'data/x/part').exists() == (calls > 1)
+    result = prepare('--input=x.jsonl', '--overwrite', code=SMALL_STEPS)
+    assert content(place / 'data/x') == whole and ('going on' in result.out) == (calls > 1)
+
+
+def test_ctrl_c(place):
+    """The real signal: one line, and the same command goes on."""
+    write_jsonl(place / 'x.jsonl', DOCUMENTS)
+    (place / 'cut.py').write_text(
+        f'import os, signal, sys; sys.path.insert(0, {str(HOUSE)!r})\n{SMALL_STEPS}'
+        'store = bins.append\n'
+        'def append(folder, stem, ids, start, size):\n'
+        '    if start > 8000: os.kill(os.getpid(), signal.SIGINT)\n'
+        '    return store(folder, stem, ids, start, size)\n'
+        'bins.append = append\n'
+        f'exec(open({str(HOUSE / "prepare.py")!r}).read())')
+    command = ['--input=x.jsonl', '--dataset=x']
+    cut = subprocess.run([sys.executable, 'cut.py', *command], cwd=place, capture_output=True, text=True)
+    assert cut.returncode and cut.stderr == 'cut.py: interrupted\n' and not tokens.exists(place / 'data/x')
+    (place / 'cut.py').write_text((place / 'cut.py').read_text().replace('os.kill', 'print'))
+    done = subprocess.run([sys.executable, 'cut.py', *command], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0 and 'going on after' in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+FAKE_DATASETS = """
+import os, sys, types
+
+class Stream:
+    def __init__(self, name, first=0):
+        self.name, self.first = name, first
+    def skip(self, n):
+        print('skipped', n)
+        return Stream(self.name, self.first + n)
+    def __iter__(self):
+        for i in range(self.first, 300):
+            if i == int(os.environ.get('STOP_AT', -1)):
+                raise TimeoutError('the network is gone')
+            yield {'n': i, 'story': f'{self.name} {i} tells of ' + 'word ' * (i % 7)}
+
+def load_dataset(name, config='', *, split, streaming):
+    assert streaming
+    return Stream(f'{name}/{config}/{split}')
+
+sys.modules['datasets'] = types.ModuleType('datasets')
+sys.modules['datasets'].__spec__ = types.SimpleNamespace()
+sys.modules['datasets'].load_dataset = load_dataset
+"""
+
+
+@pytest.mark.parametrize('name, story', [('a/b', 'a/b//train'), ('a/b:c', 'a/b/c/train'), ('a/b:c:d', 'a/b/c/d'),
+                                         ('a/b::d', 'a/b//d')])
+def test_streams(prepare, place, name, story):
+    command, code = [f'--input=hf:{name}', '--text_key=story', '--tokenizer=byte'], SMALL_STEPS + FAKE_DATASETS
+    result = prepare(*command, code=code + 'bins.BATCH = 300', env={'STOP_AT': '200'}, status=2)
+    assert result.err.count('\n') == 1 and 'network is gone' in result.err and 'goes on from there' in result.err
+    result = prepare(*command, code=code)
+    assert 'going on after 1' in result.out and 'skipped 1' in result.out
+    texts = [f'{story} {i} tells of ' + 'word ' * (i % 7) for i in range(300)]
+    check(place / 'data/x', expected(str.encode, 256, texts))
+
+
+def test_a_stream_without_the_key(prepare, place):
+    result = prepare('--input=hf:a/b', code=SMALL_STEPS + FAKE_DATASETS, status=2)
+    assert 'a/b, row 1' in result.err and '--text_key=n' in result.err and os.listdir(place / 'data') == []
