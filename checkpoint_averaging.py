@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from kit import averages, checkpoints, corpora, devices, evaluation, overrides, tokens
+from kit import averages, checkpoints, devices, evaluation, overrides, readers
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,15 +78,15 @@ if evaluate:
     print(f'measured on the dataset {dataset} (--evaluate=False leaves that out)')
     device = devices.choose_device(device)
     dtype = devices.choose_dtype(dtype, device)
-    data, meta = tokens.read_dataset(corpora.find_or_prepare(dataset), newest['model_args']['block_size'])
-    checkpoints.check_fit(newest, newest['model_args'], meta)
+    data, meta = readers.open(newest['config'] | {'block_size': newest['model_args']['block_size']})
+    checkpoints.check_fit(newest, newest['model_args']['block_size'], meta)
     model = GPT(GPTConfig(**newest['model_args'])).to(device)
 
 
 def measure(weights, split='val'):
     """The loss of weights, {name: tensor}, over the whole of a split."""
     checkpoints.fill(model, weights)
-    return evaluation.measure(model, data[split], model.config.block_size, batch_size, 0, device, dtype)[0]
+    return evaluation.figures(model, data[split], split, batch_size, 0, device, dtype)[f'{split}/loss']
 
 
 # ---------------------------------------------------------------------------------------------------------------------

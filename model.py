@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+if torch.cuda.is_available():
+    flex_attention = torch.compile(flex_attention)  # only then does it skip what is masked
 
 
 @dataclass
@@ -27,6 +31,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True               # biases in the linear layers and LayerNorms, as in GPT-2; without is a bit faster
     gelu_approximate: str = 'none'  # 'tanh' is what OpenAI's weights were trained with
+    causal: bool = True             # False: tokens look both ways, to fill masks (BERT); such a model cannot write
 
 
 def default_heads(n_embd):
@@ -37,26 +42,44 @@ def default_heads(n_embd):
     return heads
 
 
+def inside_documents(documents, causal, is_sparse):
+    """
+    Who may look at whom where several documents share a row: those of the same number in documents (B, T), and with
+    causal no token at a later one. (B, 1, T, T) bool or, is_sparse, FlexAttention's mask, which costs no (T, T) matrix.
+    """
+    B, T = documents.shape
+    if is_sparse:
+        def may_look(b, h, q, kv):
+            same = documents[b, q] == documents[b, kv]
+            return same & (q >= kv) if causal else same
+        return create_block_mask(may_look, B, None, T, T, device=documents.device)
+    mask = (documents[:, None, :, None] == documents[:, None, None, :])
+    return mask.tril() if causal else mask
+
+
 class CausalSelfAttention(nn.Module):
     """Every token looks at itself and at those before it (Vaswani et al. 2017, arXiv:1706.03762)."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal
         # one matrix makes the queries, keys and values of all heads
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, mask=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))  # (B, H, T, C/H)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, H, all tokens so far, C/H)
-        # the mask is causal; a single new token needs none, it may look at everything that came before
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None or T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, C/H)
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask)  # (B, H, T, C/H)
+        else:  # a single new token needs no mask, it may look at everything that came before
+            is_causal = self.causal and mask is None and (cache is None or T > 1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                               dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, C/H)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -85,8 +108,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -133,30 +156,36 @@ class GPT(nn.Module):
             elif name.endswith('.bias'):
                 nn.init.zeros_(p)  # LayerNorm's gains are ones already
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, documents=None):
         """
         idx: (B, T) int64 ids, T <= block_size. targets: the same shape, the id that should come next, -1 where none
-        counts. Returns (logits, loss): with targets (B, T, V) and their mean cross-entropy in nats, without targets
-        the (B, 1, V) after the last token and None.
+        counts. documents: the same shape, numbers that differ from one document of a row to the next; then each is
+        read as if it were alone. Returns (logits, loss): with targets (B, T, V) and their mean cross-entropy in nats,
+        without targets the (B, 1, V) after the last token and None.
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx, documents=documents)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         logits = self.lm_head(x)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         return logits, loss
 
-    def hidden(self, idx, caches=None):
+    def hidden(self, idx, caches=None, documents=None):
         """(B, T) ids -> (B, T, C), what the output layer reads. With caches the ids follow on those seen before."""
         past = caches[0].length if caches else 0
         T = idx.size(1)
         assert past == 0 or T == 1, 'the mask is right for a whole prompt, then for one new token at a time'
         if past + T > self.config.block_size:
             raise ValueError(f'{past + T} tokens do not fit block_size = {self.config.block_size}')
-        positions = torch.arange(past, past + T, device=idx.device)
+        positions, mask = torch.arange(past, past + T, device=idx.device), None
+        if documents is not None:
+            is_first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
+            positions = positions - (positions * is_first).cummax(dim=1).values  # (B, T): they begin anew in each
+            is_sparse = idx.is_cuda and not (self.training and self.config.dropout)  # FlexAttention knows no dropout
+            mask = inside_documents(documents, self.config.causal, is_sparse)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for i, block in enumerate(self.transformer.h):
-            x = block(x, caches[i] if caches else None)
+            x = block(x, caches[i] if caches else None, mask)
         return self.transformer.ln_f(x)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -174,6 +203,8 @@ class GPT(nn.Module):
         others:      models that have a say too: the ids are drawn from the mean of all probabilities
         """
         models = self, *others
+        if not all(model.config.causal for model in models):
+            raise ValueError('this model fills masks (objective = mlm), it cannot write on')
         block_size = min(model.config.block_size for model in models)
         caches, new = [model.new_caches(block_size) for model in models], idx[:, -block_size:]
         while True:

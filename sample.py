@@ -22,7 +22,7 @@ init_from = 'resume'        # resume (a checkpoint), gpt2, gpt2-medium, gpt2-lar
 out_dir = 'checkpoints'     # where the checkpoint is: best.pt, else ckpt.pt
 checkpoint = ''             # or this very file, or several: a.pt,b.pt
 weights = 'auto'            # of a checkpoint's weights: auto (its average where it has one), raw, ema, swa
-start = '\n'                # the prompt, or FILE:prompt.txt
+start = '\n'                # the prompt, or FILE:prompt.txt; if not given, a model of documents begins a new one
 num_samples = 1             # drawn side by side as one batch; a single one is shown as it is written
 max_new_tokens = 500        # tokens in each, at most
 temperature = 0.8           # below 1 bolder, above 1 wilder, 0 = always the likeliest token
@@ -80,7 +80,7 @@ for other, saved in loaded.items():
         overrides.fail(f'{other} and {path} have different tokenizers; only models that read the same ids can be mixed')
 try:
     text = tokens.tokenizer(meta['tokenizer'])
-    prompt = text.encode(start)
+    prompt = text.encode(start) if 'start' in overrides.given else tokens.beginning(text, meta)
 except ValueError as error:
     overrides.fail(f'start: {error}')
 except OSError as error:
@@ -90,6 +90,12 @@ except OSError as error:
 # ---------------------------------------------------------------------------------------------------------------------
 # write
 
+if not all(model.config.causal for model in models):
+    overrides.fail(f'{path}: this model was trained to fill masks (objective = mlm), it cannot write')
+if prompt == [meta.get('end_of_text')]:
+    start = ''
+elif saved.get('config', {}).get('batch_mode') == 'padded':  # behind end_of_text comes the response, up to the next
+    prompt, start, stop = [*prompt, meta['end_of_text']], f'{start}\n', stop or tokens.END
 torch.manual_seed(seed)
 rows = [list(prompt) for _ in range(num_samples)]  # ids, the prompt first
 is_done = [False] * num_samples

@@ -22,7 +22,6 @@ from kit import (
     averages,
     batches,
     checkpoints,
-    corpora,
     devices,
     diagnosis,
     errands,
@@ -33,6 +32,7 @@ from kit import (
     provenance,
     ranks,
     rate_finder,
+    readers,
     schedules,
     signals,
     starts,
@@ -73,8 +73,13 @@ wandb_log = False           # to Weights & Biases
 wandb_project = 'flatgpt'   # and its project there
 wandb_run_name = ''         # '' = the name of out_dir
 # data
-dataset = 'python_docs'     # a folder in data/, see prepare.py
-sampling = 'random'         # random windows, shuffle (each block once an epoch) or sequential
+dataset = 'python_docs'     # a folder in data/, see prepare.py; or several in fixed shares: a:0.7,b:0.3
+batch_mode = 'windows'      # rows: windows of the text, packed (whole documents), padded (pairs, loss on the responses)
+document_attention = True   # packed: no token looks into another document, and positions begin anew in each
+too_long = 'cut'            # padded: of pairs longer than block_size cut the prompt from the left, or drop them
+sampling = 'random'         # random rows, shuffle (each once an epoch) or sequential
+mask_prob = 0.0             # share of the input tokens that are hidden or replaced; 0 = none, in mlm 0.15
+objective = 'causal'        # causal: each token from those before it; mlm: hidden ones from both sides, as BERT
 batch_size = 12             # rows in a micro-step
 gradient_accumulation_steps = 1  # micro-steps in a step, counted over all processes
 block_size = 64             # tokens in a row: how far back the model can look
@@ -87,6 +92,7 @@ bias = False                # biases in linear layers and LayerNorms; GPT-2 has 
 # optimizer: AdamW
 learning_rate = 4e-3        # the highest rate; smaller for larger models
 max_iters = 4000            # steps, that is updates of the weights
+max_epochs = 0.0            # or as many steps as it takes to read the text so often; 0 = max_iters
 weight_decay = 1e-1         # on matrices and embeddings
 beta1 = 0.9                 # memory of the mean gradient
 beta2 = 0.99                # and of its square: 0.95 where a step has many tokens
@@ -135,7 +141,11 @@ RULES = [
     'eval_interval or not (early_stop or early_stop_norm)  # they go by evaluations; --eval_interval=250',
     'not max_minutes or not (lr_decay_iters or warmup_share)  # how many steps is not known before; set them to 0',
     'not max_minutes or init_from == "resume" or warmup_iters >= 25  # measured in the warmup; --warmup_iters=100',
-    'sampling in ("random", "shuffle", "sequential")', 'dtype in ("auto", "float32", "bfloat16", "float16")',
+    'sampling in ("random", "shuffle", "sequential")', 'batch_mode in ("windows", "packed", "padded")',
+    'too_long in ("cut", "drop")', 'objective in ("causal", "mlm")', '0 <= mask_prob < 1', 'max_epochs >= 0',
+    'not (objective == "mlm" and batch_mode == "padded")  # pairs are for writing; windows or packed fill masks',
+    'not (max_epochs and max_minutes)  # one of them says when to end; set the other to 0',
+    'dtype in ("auto", "float32", "bfloat16", "float16")',
     'backend in ("auto", "nccl", "gloo")',
     'test or not checkpoint  # --checkpoint goes with --test; a resume takes ckpt.pt of --out_dir',
     'out_dir.strip("./")  # the run needs a folder of its own, such as --out_dir=exp1',
@@ -157,7 +167,7 @@ ranks.start(backend, device)
 
 is_errand = test or eval_only or dry_run or find_lr or inspect_step >= 0  # which writes nothing of a run
 if test:
-    tested = starts.find_tested(globals(), config, RULES, SHAPE, LAUNCH)
+    config, tested = starts.find_tested(globals(), config, RULES, SHAPE, LAUNCH)
 else:
     config, saved, past = starts.find(globals(), config, RULES, SHAPE, LAUNCH, is_errand)
 if find_lr or inspect_step >= 0:
@@ -166,44 +176,60 @@ if find_lr or inspect_step >= 0:
 if wandb_log and not is_errand:
     check_wandb()
 dtype = devices.choose_dtype(dtype, device)
-warmup_steps = schedules.check(config)
 micro_steps = ranks.share(gradient_accumulation_steps, 'gradient_accumulation_steps')  # of this process
 rows_per_step = batch_size * gradient_accumulation_steps
-tokens_per_step = rows_per_step * block_size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data: the rows of a step are a function of (seed, step), however it is cut into micro-steps and processes
 
-data, meta = tokens.read_dataset(corpora.find_or_prepare(dataset), block_size)
-steps_per_epoch = batches.rows_per_epoch(len(data['train']), block_size, sampling) / rows_per_step
+if objective == 'mlm' and not mask_prob:
+    mask_prob = config['mask_prob'] = 0.15
+data, meta = readers.open(config)
+steps_per_epoch = data['train'].rows_per_epoch(sampling) / rows_per_step
+tokens_per_step = round(rows_per_step * data['train'].mean_length)  # without padding
+if max_epochs:
+    max_iters = config['max_iters'] = max(1, math.ceil(max_epochs * steps_per_epoch))
+    print(f'max_iters: {max_iters} ({max_epochs:g} epochs)')
+warmup_steps = schedules.check(config)
 
 
-def get_starts(split, step):
-    """Where all rows of a step begin in the text, of every micro-step and process."""
+def get_rows(split, step):
+    """All rows of a step, of every micro-step and process: their numbers, and what masks their tokens, or None."""
     n = rewinds if inspect_step < 0 else max(rewinds, int(past.at('rewinds', step)))
-    return batches.window_starts(len(data[split]), block_size, rows_per_step, seed, step, sampling, n)
+    return data[split].draw(rows_per_step, seed, step, sampling, n), data[split].noise(rows_per_step, seed, step, n)
 
 
 def get_batch(split, step, micro_step):
-    """x and y of one micro-step of this process, each (batch_size, block_size); y is x moved on by one token."""
+    """
+    One micro-step of this process. x, y and documents, each (batch_size, T): y is what should come after x, or -1 where
+    none counts; documents is None where attention may look at the whole row. And how many parts of its size, by the
+    number of targets, the step of all processes has.
+    """
     step, micro_step = step + micro_step // micro_steps, micro_step % micro_steps  # the one after the last
     first = (micro_step * ranks.world_size + ranks.rank) * batch_size
-    rows = batches.windows(data[split], get_starts(split, step)[first:first + batch_size], block_size)  # (B, T + 1)
-    rows = devices.send(rows, device)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    rows, noise = get_rows(split, step)
+    mine = rows[first:first + batch_size], noise if noise is None else noise[first:first + batch_size]
+    parts = data[split].count(rows, noise) / data[split].count(*mine)
+    return *(devices.send(a, device) for a in data[split].fetch(*mine)), parts / ranks.world_size
 
 
 if test:
-    errands.test(tested, lambda args: GPT(GPTConfig(**args)), weights, data, meta, batch_size, device, dtype)
+    errands.test(tested, lambda args: GPT(GPTConfig(**args)), weights, config, data, meta, device, dtype)
     ranks.leave()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model and optimizer
 
 n_head = n_head or default_heads(n_embd)
-model_args = saved.get('model_args', {'vocab_size': tokens.padded_vocab_size(meta)}) | dict(
+vocab_size = tokens.padded_vocab_size(meta, with_mask=mask_prob > 0)
+checkpoints.check_fit(saved, block_size, meta)
+if saved and mask_prob:
+    checkpoints.make_room(saved, meta['vocab_size'] + 1, is_resumed=init_from == 'resume')
+model_args = saved.get('model_args', {'vocab_size': vocab_size}) | dict(
     n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
-checkpoints.check_fit(saved, model_args, meta)
+model_args.pop('causal', None)
+if objective == 'mlm':
+    model_args['causal'] = False
 if saved:
     positions = 'transformer.wpe.weight'
     saved['model'][positions] = saved['model'][positions][:block_size]
@@ -266,17 +292,17 @@ def get_lr(step):
 
 def evaluate():
     evaluated = averages.smoothed(raw_model, average)  # best.pt goes by it
-    rows = {'val': eval_iters * batch_size, 'train': eval_iters * batch_size or len(data['val']) // block_size}
+    rows = {'val': eval_iters * batch_size, 'train': eval_iters * batch_size or data['val'].n_tokens // block_size}
     figures = {}
     for split in 'train', 'val':
-        figures[f'{split}/loss'], figures[f'{split}/accuracy'] = evaluation.measure(
-            evaluated, data[split], block_size, batch_size, rows[split], device, dtype)
+        figures |= evaluation.figures(evaluated, data[split], split, batch_size, rows[split], device, dtype)
     line = (f'step {step}: train loss {figures["train/loss"]:.4f}, val loss {figures["val/loss"]:.4f}, '
             f'val accuracy {figures["val/accuracy"]:.2%}')
     if evaluated is not raw_model:
-        figures['raw/val/loss'], _ = evaluation.measure(
-            raw_model, data['val'], block_size, batch_size, rows['val'], device, dtype)
+        raw = evaluation.figures(raw_model, data['val'], 'val', batch_size, rows['val'], device, dtype)
+        figures['raw/val/loss'] = raw['val/loss']
         line += f', raw val loss {figures["raw/val/loss"]:.4f} (the others are of the {average.kind})'
+    line += ''.join(f', {name} {loss:.4f}' for name, loss in figures.items() if name.startswith('val/loss/'))
     print(line)
     return figures
 
@@ -288,10 +314,10 @@ if eval_only:
 # ---------------------------------------------------------------------------------------------------------------------
 # a look before training
 
-X, Y = get_batch('train', step, 0)
-seconds = errands.first_look(model, raw_model, X, Y, meta, device, dtype, dry_run and init_from == 'scratch')
+X, Y, D, parts = get_batch('train', step, 0)
+seconds = errands.first_look(model, raw_model, X, Y, D, meta, device, dtype, dry_run and init_from == 'scratch')
 if not is_errand or dry_run:
-    errands.show_plan(config, step, warmup_steps, micro_steps * seconds, steps_per_epoch, len(data['train']))
+    errands.show_plan(config, step, warmup_steps, micro_steps * seconds, steps_per_epoch, data['train'])
 if dry_run:
     ranks.leave()
 
@@ -299,7 +325,7 @@ if not is_errand:
     ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=init_from != 'resume'))
     facts = {'vocab_size': model_args['vocab_size'], 'parameters': raw_model.count_params(),
              'tokens_per_step': tokens_per_step, 'warmup_iters': warmup_steps,
-             'unigram_entropy': tokens.unigram_entropy(data['train'])}
+             'unigram_entropy': data['train'].unigram_entropy()}
     journal.open(out_dir, config, facts, step if init_from == 'resume' else None)
     journal.show('model', raw_model, X[:1, :8])
     if ranks.is_main:
@@ -328,7 +354,7 @@ while True:
         rewinds += 1
         journal.go_back(step, rewinds)
         bad_steps[0] = 0
-        X, Y = get_batch('train', step, 0)
+        X, Y, D, parts = get_batch('train', step, 0)
 
     # evaluate: at each interval, at the end, and where max_minutes measures how long it takes
     budget.took('step', step)
@@ -386,7 +412,7 @@ while True:
 
     # one step: the mean gradient of all its rows, a micro-step at a time
     if step == inspect_step:
-        errands.show_rows(raw_model, data['train'], get_starts('train', step), meta, batch_size, device, dtype)
+        errands.show_rows(raw_model, data['train'], *get_rows('train', step), meta, batch_size, device, dtype)
     torch.manual_seed(batches.torch_seed(seed, step, ranks.rank))  # dropout draws anew, so a resume needs no history
     loss_of_step = 0.0
     for micro_step in range(micro_steps):
@@ -394,10 +420,10 @@ while True:
             errands.check_ids(X, Y, model_args['vocab_size'], step, micro_step)
         ranks.exchange_gradients(model, micro_step == micro_steps - 1)  # once a step is enough
         with devices.autocast(device, dtype):
-            _, loss = model(X, Y)
-            loss = loss / micro_steps  # all micro-steps have the same number of targets
+            _, loss = model(X, Y, D)
+            loss = loss / parts  # each target of the step counts the same
         before_batch = time.perf_counter()
-        X, Y = get_batch('train', step, micro_step + 1)  # the next one, while the device works on this one
+        X, Y, D, parts = get_batch('train', step, micro_step + 1)  # the next one, while the device works on this one
         data_seconds += time.perf_counter() - before_batch
         scaler.scale(loss).backward()
         loss_of_step += loss.detach()
@@ -477,7 +503,7 @@ while True:
 signals.obey()
 errands.show_end(why_stop, step, max_iters, budget, out_dir, averages.smoothed(raw_model, average))
 if ranks.is_main:
-    errands.show_sample(averages.smoothed(raw_model, average), meta, device, dtype)
+    errands.show_sample(averages.smoothed(raw_model, average), data['val'], meta, device, dtype)
     print('\n'.join(diagnosis.verdict(journal.history)))
     errands.show_next_commands(out_dir)
 journal.close()

@@ -25,7 +25,8 @@ from kit import optimizers, ranks
 from kit.overrides import fail
 from kit.tokens import check_meta
 
-MODEL_ARGS = 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'dropout', 'gelu_approximate'
+MODEL_ARGS = 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'dropout', 'gelu_approximate', \
+    'causal'
 
 
 class Damaged(Exception):
@@ -502,14 +503,31 @@ def restore_random_states(states):
             torch.cuda.set_rng_state(state, i)
 
 
-def check_fit(saved, model_args, meta):
+def make_room(saved, vocab_size, is_resumed):
+    """Give saved weights more ids, such as the one that hides a token: they begin as the mean of the others."""
+    known = saved['model_args']['vocab_size']
+    if vocab_size <= known:
+        return
+    if is_resumed:
+        fail('mask_prob: these weights know no id that hides a token, and their optimizer neither; '
+             'begin a new run with them: --init_from=FILE.pt')
+    saved['model_args'] = saved['model_args'] | {'vocab_size': vocab_size}
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        old = saved['model'][name]
+        saved['model'][name] = torch.cat([old, old.mean(dim=0, keepdim=True).expand(vocab_size - known, -1)])
+
+
+def check_fit(saved, block_size, meta):
     """Saved weights must know the ids of the dataset and the positions of a row; of these they may have more."""
-    known = saved.get('model_args', model_args)
+    if not saved:
+        return
+    known = saved['model_args']
     if meta['vocab_size'] > known['vocab_size']:
         fail(f'dataset: it has {meta["vocab_size"]:,} ids and these weights know {known["vocab_size"]:,}; '
              'prepare the text with their tokenizer')
     mine, theirs = meta['tokenizer'], saved.get('meta', meta)['tokenizer']
-    if (mine['kind'], mine.get('chars')) != (theirs['kind'], theirs.get('chars')):
+    keys = [key for key in ('chars', 'name', 'ranks') if key in mine and key in theirs]  # GPT-2's may be a name alone
+    if mine['kind'] != theirs['kind'] or any(mine[key] != theirs[key] for key in keys):
         fail('dataset: its ids mean other tokens than those of these weights; prepare the text with their tokenizer')
-    if model_args['block_size'] > known['block_size']:
-        fail(f'block_size = {model_args["block_size"]}: these weights know {known["block_size"]} positions, no more')
+    if block_size > known['block_size']:
+        fail(f'block_size = {block_size}: these weights know {known["block_size"]} positions, no more')

@@ -93,7 +93,12 @@ def autocast(device, dtype):
 
 
 def send(array, device):
-    """A NumPy array of ids -> an int64 tensor on the device; to a GPU from pinned memory, without waiting for it."""
+    """
+    A NumPy array of ids -> an int64 tensor on the device; to a GPU from pinned memory, without waiting for it. None
+    stays None.
+    """
+    if array is None:
+        return None
     tensor = torch.from_numpy(array.astype(np.int64))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else tensor.to(device)
 

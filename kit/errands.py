@@ -10,7 +10,6 @@ import torch
 
 from kit import (
     averages,
-    batches,
     checkpoints,
     devices,
     evaluation,
@@ -18,6 +17,7 @@ from kit import (
     overrides,
     pictures,
     ranks,
+    readers,
     runlogs,
     tokens,
 )
@@ -28,23 +28,27 @@ SAMPLE_LENGTH = 100  # tokens of the texts that TensorBoard and W&B show
 EMBEDDINGS = 2000  # as many token vectors as TensorBoard's projector moves about with ease
 ATTENTION_TOKENS = 48  # of the row whose attention is shown
 ROWS_SHOWN, EXCERPT = 8, 160  # of a replayed step: rows, and tokens of a long one
+DECODED = 500  # pairs that a test answers, evenly spaced
 AROUND, LINES_AROUND = 51, 11  # updates that a replayed one is compared with, and iter lines, itself among them
 
 
-def first_look(model, raw_model, x, y, meta, device, dtype, from_scratch):
+def first_look(model, raw_model, x, y, documents, meta, device, dtype, from_scratch):
     """
-    Show one micro-step, x and y (B, T), before any training: shapes, a piece of the text, and whether a new model's
-    first loss is that of a fair guess, ln(vocab_size). model is raw_model as it will be trained, wrapped and compiled:
-    what is compiled here is what the training runs. Returns the seconds of one pass forward and backward.
+    Show one micro-step, (B, T) each, before any training: shapes, a piece of the text, and whether a new model's first
+    loss is that of a fair guess, ln(vocab_size). model is raw_model as it will be trained, wrapped and compiled: what
+    is compiled here is what the training runs. Returns the seconds of one pass forward and backward.
     """
     c, n_params = raw_model.config, raw_model.count_params()
     memory = devices.estimate_memory(raw_model.count_params(non_embedding=False), x.numel(), c, dtype, device)
     print(f'model: {n_params / 1e6:.2f}M parameters in {c.n_layer} layers of {c.n_head} heads and {c.n_embd} channels; '
           f'training takes about {memory / 2**30:.2f} GiB of memory beside the program')
-    print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is x moved on by one token')
+    n_targets = int((y >= 0).sum())
+    print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is '
+          + ('x moved on by one token' if c.causal else 'what x hides, at its own place')
+          + (f', and -1 where nothing is to be learned: {n_targets:,} targets' if n_targets < y.numel() else ''))
     try:
         text = tokens.tokenizer(meta['tokenizer'])
-        for name, ids in ('x', x[0, :40].tolist()), ('y', y[0, :40].tolist()):
+        for name, ids in ('x', x[0, :40].tolist()), ('y', y[0][y[0] >= 0][:40].tolist()):
             print(f'  {name}[0] = {ids[:6]}... = {tokens.decode(text, ids)!r}...')
     except OSError:
         print(f'  x[0] = {x[0, :16].tolist()}... (the files of the tokenizer could not be downloaded)')
@@ -52,7 +56,7 @@ def first_look(model, raw_model, x, y, meta, device, dtype, from_scratch):
     for _ in range(2):  # the first pass warms up
         start = time.perf_counter()
         with devices.autocast(device, dtype):
-            _, loss = model(x, y)
+            _, loss = model(x, y, documents)
         loss.backward()
         devices.synchronize(device)
         seconds.append(time.perf_counter() - start)
@@ -65,15 +69,15 @@ def first_look(model, raw_model, x, y, meta, device, dtype, from_scratch):
     return min(seconds)
 
 
-def show_plan(s, step, warmup, seconds, steps_per_epoch, n_tokens):
-    """What a step and the run will be; s: the settings, seconds: of a step, n_tokens: of the training text."""
-    rows, n = s['batch_size'] * s['gradient_accumulation_steps'], s['max_iters']
-    print(f'a step: {s["batch_size"]} rows x {s["gradient_accumulation_steps"]} micro-steps x {s["block_size"]} tokens '
-          f'= {rows * s["block_size"]:,} tokens')
+def show_plan(s, step, warmup, seconds, steps_per_epoch, data):
+    """What a step and the run will be; s: the settings, seconds: of a step, data: the Rows of train."""
+    rows, n, length = s['batch_size'] * s['gradient_accumulation_steps'], s['max_iters'], data.mean_length
+    print(f'a step: {s["batch_size"]} rows x {s["gradient_accumulation_steps"]} micro-steps x '
+          f'{f"{length:.1f} (on average)" if length % 1 else int(length)} tokens = {round(rows * length):,} tokens')
     if s['max_minutes']:
         print(f'the run: {s["max_minutes"]:g} minutes, counted from the start of the program')
         return
-    print(f'the run: {n:,} steps = {n / steps_per_epoch:.2f} epochs of {n_tokens:,} tokens, about '
+    print(f'the run: {n:,} steps = {n / steps_per_epoch:.2f} epochs of {data.n_tokens:,} tokens, about '
           f'{duration(seconds * max(0, n - step))} without evaluations')
     if warmup >= n:
         print(f'warmup_iters = {warmup} is not below max_iters = {n}: the rate climbs to the end')
@@ -81,31 +85,61 @@ def show_plan(s, step, warmup, seconds, steps_per_epoch, n_tokens):
         print(f'all {n:,} steps are made; a higher --max_iters goes on')
 
 
-def test(tested, new_model, which, splits, meta, batch_size, device, dtype):
+def test(tested, new_model, which, settings, data, meta, device, dtype):
     """
     Measure the whole test split; where a dataset has none, val, and say so. tested: {path: checkpoint}; several of
-    them are followed by their ensemble. new_model: model_args -> model; which: of a checkpoint's weights.
+    them are followed by their ensemble. new_model: model_args -> model; which: of a checkpoint's weights; data: what
+    readers.open gives for the settings.
     """
-    models = {}
+    models, batch_size = {}, settings['batch_size']
     for path, saved in tested.items():
-        checkpoints.check_fit(saved, saved['model_args'], meta)
+        checkpoints.check_fit(saved, saved['model_args']['block_size'], meta)
         models[path] = new_model(saved['model_args']).to(device)
         checkpoints.fill(models[path], checkpoints.weights(saved, which))
         print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
-    split = 'test' if 'test' in splits else 'val'
+    split = 'test' if 'test' in data else 'val'
     if split == 'val':
         print('this dataset has no test.bin: val is taken')
     print(f'splits: {meta.get("split", "as they were found")}')
     if len(models) > 1:
         models['ensemble'] = evaluation.Ensemble(models.values())
-    bytes_per_token = tokens.bytes_per_token(meta, splits[split][1:])
     for name, model in models.items():
-        block_size = model.config.block_size
-        loss, accuracy = evaluation.measure(model, splits[split], block_size, batch_size, 0, device, dtype)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        bits = f'{loss / math.log(2) / bytes_per_token:.4f}' if bytes_per_token else 'unknown'
-        print(f'{split} loss {loss:.4f}, perplexity {perplexity:.3f}, accuracy {accuracy:.2%}, bits per byte {bits} '
-              f'({len(splits[split]) - 1:,} tokens): {name}')
+        if model.config.block_size != data[split].block_size:
+            data, _ = readers.open(settings | {'block_size': model.config.block_size})
+        for dataset, rows in data[split].parts.items():
+            targets = rows.readers[0].targets()
+            loss, accuracy = evaluation.measure(model, rows, batch_size, 0, device, dtype)
+            perplexity = math.exp(loss) if loss < 700 else math.inf
+            bytes_per_token = None if rows.is_mlm else tokens.bytes_per_token(meta, targets)
+            bits = f'{loss / math.log(2) / bytes_per_token:.4f}' if bytes_per_token else 'unknown'
+            of = f' of {dataset}' if len(data[split].parts) > 1 else ''
+            print(f'{split}{of} loss {loss:.4f}, perplexity {perplexity:.3f}, accuracy {accuracy:.2%}, bits per byte '
+                  f'{bits} ({len(targets):,} tokens): {name}')
+            if isinstance(rows.readers[0], readers.Padded):
+                test_answers(name, model, rows.readers[0], meta, batch_size, device, dtype)
+
+
+def test_answers(name, model, reader, meta, batch_size, device, dtype):
+    """Let a model, or an ensemble, answer prompts of a split, and compare with the responses: BLEU and exact match."""
+    text = tokens.tokenizer(meta['tokenizer'])
+    numbers, _ = reader.evenly(DECODED)
+    answers, references = answer(model, reader, numbers, text, batch_size, device, dtype)
+    exact = sum(a == b for a, b in zip(answers, references)) / len(numbers)
+    found = evaluation.bleu(answers, references)
+    score = f'BLEU {found[0]:.2f} ({found[1]})' if found else 'BLEU unknown (it takes sacrebleu: pip install sacrebleu)'
+    print(f'{score}, exact match {exact:.2%} (greedy, {len(numbers):,} of {reader.n_numbers:,} pairs): {name}')
+    for i in range(2):
+        print(f'  asked for {references[i]!r}, it wrote {answers[i]!r}')
+
+
+def answer(model, reader, numbers, text, batch_size, device, dtype):
+    """(answers, responses) to the prompts of some pairs, as texts. A prompt leaves room for the longest response."""
+    pairs = [reader.pair(i) for i in numbers]
+    longest = min(max(len(response) for _, response in pairs) + 1, max(1, reader.block_size // 2))
+    prompts = [prompt[-(reader.block_size - longest + 1):] for prompt, _ in pairs]
+    models = list(getattr(model, 'models', [model]))
+    ids = evaluation.answer(models, prompts, reader.end_of_text, text.size, longest, batch_size, device, dtype)
+    return [tokens.decode(text, row) for row in ids], [tokens.decode(text, response) for _, response in pairs]
 
 
 def go_back(out_dir, first_bad, model, optimizer, scaler, average):
@@ -153,12 +187,13 @@ def show_inside(journal, step, model, data, meta, device, is_last):
     if not journal.sinks:
         return
     start = time.time()
-    ids = torch.from_numpy(data[:min(model.config.block_size, ATTENTION_TOKENS)].astype(np.int64)).to(device)
+    ids = devices.send(data.fetch(np.array([0]))[0][0, :ATTENTION_TOKENS], device)
     n_vectors = min(EMBEDDINGS, meta['vocab_size'])
     try:
         text = tokens.tokenizer(meta['tokenizer'])
         label = lambda i: shown(tokens.decode(text, [int(i)]))
-        journal.show('text', step, 'Samples', lambda: write(model, text, SAMPLE_LENGTH, device, 'float32'))
+        if model.config.causal:
+            journal.show('text', step, 'Samples', lambda: write(model, text, meta, SAMPLE_LENGTH, device, 'float32'))
     except (OSError, ValueError):  # the tokenizer had to be downloaded, or knows no line break
         label = str
     if is_last or start > journal.pictures_due:
@@ -202,13 +237,18 @@ def find_past(out_dir, step):
     return 'scratch' if begin in (None, 'auto', 'resume') else begin, None, {}, settings, history
 
 
-def show_rows(model, data, starts, meta, batch_size, device, dtype):
+def show_rows(model, data, rows, noise, meta, batch_size, device, dtype):
     """
-    The rows of a step, those that begin at starts, as text: the costliest first, their costliest tokens in [[ ]].
+    The rows of a step as text: the costliest first, their costliest targets in [[ ]]. data: the Rows of train; rows,
+    noise: what they draw for the step.
     """
-    rows = batches.windows(data, starts, model.config.block_size)  # (n, T + 1)
-    losses = evaluation.token_losses(model, rows, batch_size, device, dtype)  # (n, T)
-    order = losses.mean(axis=1).argsort()[::-1]
+    x, y, documents = data.fetch(rows, noise)
+    losses = evaluation.token_losses(model, x, y, documents, batch_size, device, dtype)  # (n, T), 0 where none counts
+    means = losses.sum(axis=1) / (y >= 0).sum(axis=1)
+    order = means.argsort()[::-1]
+    shift = 0 if data.is_mlm else 1  # a target stands behind its input, or in its place
+    ids = np.where(y >= 0, y, np.roll(x, -shift, axis=1))
+    ids = np.concatenate([x[:, :shift], ids], axis=1)  # (n, T + shift): the text
     print(f'the {len(rows)} rows of this step, by their loss before the update (nats a token, without dropout)'
           + (f'; the first {ROWS_SHOWN}' if len(rows) > ROWS_SHOWN else ''))
     try:
@@ -217,15 +257,15 @@ def show_rows(model, data, starts, meta, batch_size, device, dtype):
     except OSError:
         decode = lambda ids: ''.join(f' {i}' for i in ids)
     for place, i in enumerate(order[:ROWS_SHOWN], 1):
-        worst = set(losses[i].argsort()[::-1][:3] + 1)  # places in the row, whose first token is no target
+        own = losses[i, :data.lengths(rows[i:i + 1])[0]]
+        worst = set(own.argsort()[::-1][:min(3, (y[i] >= 0).sum())] + shift)
         # of a long row the part with the highest loss
-        length = min(EXCERPT, losses.shape[1])
-        first = int(np.convolve(losses[i], np.ones(length), 'valid').argmax())
-        piece = ''.join(f'[[{word}]]' if t in worst else word for t in range(first, first + length + 1)
-                        for word in [repr(decode([int(rows[i, t])]))[1:-1]])
-        told = ', '.join(f'{decode([int(rows[i, t])])!r} {losses[i, t - 1]:.2f}' for t in sorted(worst))
-        print(f'{place:3}. loss {losses[i].mean():.4f}, tokens {starts[i]:,} to {starts[i] + rows.shape[1] - 1:,} of '
-              f'train: {piece}\n     costliest: {told}')
+        length = min(EXCERPT, len(own))
+        first = int(np.convolve(own, np.ones(length), 'valid').argmax())
+        piece = ''.join(f'[[{word}]]' if t in worst else word for t in range(first, first + length + shift)
+                        for word in [repr(decode([int(ids[i, t])]))[1:-1]])
+        told = ', '.join(f'{decode([int(ids[i, t])])!r} {losses[i, t - shift]:.2f}' for t in sorted(worst))
+        print(f'{place:3}. loss {means[i]:.4f}, {data.where(rows[i])} of train: {piece}\n     costliest: {told}')
 
 
 def show_step(past, step, figures):
@@ -274,14 +314,14 @@ def hunt(model, batches_of_step, step, norms, seed, scaler, device, dtype):
             found.append(f'the weights: parameter {name} held {bad} before the step')
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    for micro_step, (x, y) in enumerate(batches_of_step):
+    for micro_step, (x, y, documents, parts) in enumerate(batches_of_step):
         if found:
             break
         watch = gradients.Hunt(model)
         with watch:
             with devices.autocast(device, dtype):
-                _, loss = model.forward(x, y)  # not what torch.compile made of it
-            scaler.scale(loss / len(batches_of_step)).backward()
+                _, loss = model.forward(x, y, documents)  # not what torch.compile made of it
+            scaler.scale(loss / parts).backward()
         watch.close()
         if watch.found:
             found.append(f'micro-step {micro_step}: {watch.found}')
@@ -303,19 +343,43 @@ def show_how_to_go_on(signal, step, out_dir):
         print(f'{signal}: stopped after {step} steps; there is nothing to go on from yet')
 
 
-def show_sample(model, meta, device, dtype):
-    """Print a text of the model's own, as sample.py would begin it: after a line break."""
+def show_sample(model, data, meta, device, dtype):
+    """
+    Print what the model makes of its own: a text, as sample.py would begin it; for pairs, its answers to some prompts
+    of data, the Rows of val; where it fills masks, how it does that.
+    """
     try:
-        print(f'\na sample of its own:\n{write(model, tokens.tokenizer(meta["tokenizer"]), 400, device, dtype)}\n')
+        text, reader = tokens.tokenizer(meta['tokenizer']), data.readers[0]
+        if data.is_mlm:
+            print('\nwhat it fills in:\n{}\n{}\n'.format(*fill_masks(model, data, text, device, dtype)))
+        elif isinstance(reader, readers.Padded):
+            numbers, _ = reader.evenly(3)
+            answers, _ = answer(model, reader, numbers, text, len(numbers), device, dtype)
+            for i, written in zip(numbers, answers):
+                print(f'\nasked:\n{tokens.decode(text, reader.pair(i)[0][:-1])}\nits answer: {written}')
+            print()
+        else:
+            print(f'\na sample of its own:\n{write(model, text, meta, 400, device, dtype)}\n')
     except (OSError, ValueError) as error:  # the tokenizer had to be downloaded, or knows no line break
         print(f'no sample: {error}')
 
 
-def write(model, text, length, device, dtype):
-    """What the model writes after a line break, so many tokens; text: a tokenizer. Draws from torch's generator."""
+def write(model, text, meta, length, device, dtype):
+    """What the model writes of its own, so many tokens; text: a tokenizer. Draws from torch's generator."""
+    begin = torch.tensor([tokens.beginning(text, meta)], device=device)
     with evaluation.evaluating(model), devices.autocast(device, dtype):
-        ids = model.generate(torch.tensor([text.encode('\n')], device=device), length, temperature=0.8, n_ids=text.size)
+        ids = model.generate(begin, length, temperature=0.8, n_ids=text.size)
     return tokens.decode(text, ids[0].tolist())
+
+
+@torch.no_grad()
+def fill_masks(model, data, text, device, dtype):
+    """The first row of data with its tokens hidden, and as the model fills it in: two texts."""
+    x, y, documents = (devices.send(a, device) for a in data.fetch(np.array([0]), data.noise(1, 0)))
+    with evaluation.evaluating(model), devices.autocast(device, dtype):
+        logits, _ = model(x, y, documents)
+    filled = torch.where(y >= 0, logits[..., :text.size].argmax(dim=-1), x)
+    return [tokens.decode(text, ids[0].tolist()) for ids in (x, filled)]
 
 
 def show_next_commands(out_dir):

@@ -30,7 +30,8 @@ TAGS = {
     'epoch': 'Training/Epoch', 'bad_steps': 'Training/BadSteps', 'rewinds': 'Training/Rewinds',
 }
 MOST_UNREAD = 1000  # updates whose figures wait on the device
-PREFIXES = {'grad_norm/': 'GradNorm/', 'update_ratio/': 'UpdateRatio/', 'system/': 'System/'}
+PREFIXES = {'grad_norm/': 'GradNorm/', 'update_ratio/': 'UpdateRatio/', 'system/': 'System/',
+            'train/loss/': 'Loss/train/', 'val/loss/': 'Loss/val/'}  # of the datasets of a mixture
 
 
 class Journal:

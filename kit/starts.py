@@ -49,11 +49,10 @@ def find(settings, config, rules, shape, launch, is_errand):
 
 
 def find_tested(settings, config, rules, shape, launch):
-    """What --test measures: {path: checkpoint}, the dataset and sizes of the first taken over."""
+    """What --test measures: (config, {path: checkpoint}), the dataset and sizes of the first taken over."""
     paths = [path for path in settings['checkpoint'].split(',') if path] or [str(checkpoints.best(settings['out_dir']))]
     tested = {path: checkpoints.load(path) for path in paths}
-    adopt_from(next(iter(tested.values())), settings, config, rules, shape, launch, shape)
-    return tested
+    return adopt_from(next(iter(tested.values())), settings, config, rules, shape, launch, shape), tested
 
 
 def adopt_from(saved, settings, config, rules, shape, launch, fixed):

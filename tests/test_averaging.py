@@ -10,7 +10,7 @@ import torch
 from conftest import HOUSE, TINY, copy_folder
 from conftest import run as run_of_conftest
 
-from kit import averages, checkpoints, evaluation, tokens
+from kit import averages, checkpoints, evaluation, readers, tokens
 from model import GPT, GPTConfig
 
 
@@ -38,6 +38,10 @@ def average(run, folder):
 
 def state(path):
     return torch.load(path, weights_only=True)['model']
+
+
+def val_of(folder):
+    return readers.Rows(['tiny'], [readers.Windows(tokens.read_dataset(folder / 'data/tiny')[0]['val'], 16)], [1.0])
 
 
 def plain_mean(folder, steps, shares=None):
@@ -96,8 +100,8 @@ def test_the_table(average, train, folder):
         assert f'test loss {test},' in train('--test', f'--checkpoint=checkpoints/{name}').out
         model = GPT(GPTConfig(**torch.load(folder / name, weights_only=True)['model_args']))
         model.load_state_dict(state(folder / name))
-        data, _ = tokens.read_dataset(folder.parent / 'data/tiny')
-        loss, _ = evaluation.measure(model, data['val'], 16, 7, 0, torch.device('cpu'), 'float32')
+        data = val_of(folder.parent)
+        loss, _ = evaluation.measure(model, data, 7, 0, torch.device('cpu'), 'float32')
         assert float(val) == pytest.approx(loss, abs=1e-4)
     quiet = average('--evaluate=False')
     assert quiet.status == 0 and 'loss' not in quiet.out
@@ -121,12 +125,12 @@ def test_greedy_soup(average, folder):
     """Against the recipe itself: by val loss, one after the other, kept where the soup gets no worse."""
     result = average('--method=greedy', '--num_checkpoints=6')
     assert result.status == 0, result.err
-    data, _ = tokens.read_dataset(folder.parent / 'data/tiny')
+    data = val_of(folder.parent)
     model = GPT(GPTConfig(**torch.load(folder / 'ckpt.pt', weights_only=True)['model_args']))
 
     def loss(steps):
         model.load_state_dict(plain_mean(folder, steps))
-        return evaluation.measure(model, data['val'], 16, 16, 0, torch.device('cpu'), 'float32')[0]
+        return evaluation.measure(model, data, 16, 0, torch.device('cpu'), 'float32')[0]
     first, *others = sorted(range(20, 8, -2), key=lambda step: loss([step]))
     soup = [first]
     for step in others:
@@ -291,11 +295,11 @@ def test_the_average_is_evaluated_beside_the_raw_weights(train, tiny):
     line = [line for line in result.out.splitlines() if line.startswith('step 10:')][0]
     val, raw = re.search(r'val loss ([\d.]+), val accuracy [\d.]+%, raw val loss ([\d.]+) ', line).groups()
     saved = torch.load(tiny / 'checkpoints/best.pt', weights_only=True)
-    data, _ = tokens.read_dataset(tiny / 'data/tiny')
+    data = val_of(tiny)
     model = GPT(GPTConfig(**saved['model_args']))
     for key, printed in ('ema', val), ('model', raw):
         model.load_state_dict(saved[key])
-        loss, _ = evaluation.measure(model, data['val'], 16, 4, 0, torch.device('cpu'), 'float32')
+        loss, _ = evaluation.measure(model, data, 4, 0, torch.device('cpu'), 'float32')
         assert float(printed) == pytest.approx(loss, abs=1e-4)
     assert f'{saved["best_val_loss"]:.4f}' == val
     auto, raw, ema = (train('--test', f'--weights={which}').out.splitlines()[-1] for which in ('auto', 'raw', 'ema'))

@@ -16,7 +16,7 @@ NOW, SOUND_SEED, SOUND_FORWARD = [0], batches.torch_seed, model.GPT.forward
 def torch_seed(seed, step, rank):
     NOW[0] = step if len(NOW) == 1 else -1
     return SOUND_SEED(seed, step, rank)
-def forward(self, idx, targets=None):
+def forward(self, idx, targets=None, documents=None):
     logits, loss = SOUND_FORWARD(self, idx, targets)
     if self.training and NOW[0] in {steps} and os.environ.get('RANK', '{rank}') == '{rank}':
         if '{what}' == 'gradient':

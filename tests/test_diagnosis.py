@@ -30,7 +30,7 @@ model.GPT.__init__ = planted
 IN_FORWARD = """
 import model, torch
 forward = model.GPT.forward
-def planted(self, idx, targets=None):
+def planted(self, idx, targets=None, documents=None):
     {}
     return forward(self, idx, targets)
 model.GPT.forward = planted
@@ -57,21 +57,22 @@ def planted(*args, **kwargs):
 torch.nn.functional.cross_entropy = planted
 """
 ID_IN_DATA = """
-from kit import batches
-windows = batches.windows
-def planted(data, starts, block_size):
-    rows = windows(data, starts, block_size)
-    if len(starts) == 8 and (starts == batches.window_starts(len(data), 32, 8, 1337, 50, 'random')).all():
-        rows = rows.copy()
-        rows[2, 3] = 60_000
-    return rows
-batches.windows = planted
+from kit import batches, readers
+fetch = readers.Windows.fetch
+def planted(self, starts):
+    x, y, documents = fetch(self, starts)
+    if len(starts) == 8 and (starts == batches.window_starts(len(self.data), 32, 8, 1337, 50, 'random')).all():
+        x = x.copy()
+        x[2, 3] = 60_000
+    return x, y, documents
+readers.Windows.fetch = planted
 """
 SLOW_DATA = """
 import time
 from kit import devices
 send = devices.send
-devices.send = lambda array, device: (time.sleep(0.03 if len(array) == 8 else 0), send(array, device))[1]
+devices.send = lambda array, device: (
+    time.sleep(0.015 if array is not None and len(array) == 8 else 0), send(array, device))[1]  # x, then y
 """
 
 SICKNESSES = {  # name: (what is planted, settings, what is found, the command that is advised)

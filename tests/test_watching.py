@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import HOUSE, TINY, hooked_script, losses, records, some_text, torchrun
 
-from kit import evaluation, gradients, runlogs
+from kit import evaluation, gradients, readers, runlogs
 from model import GPT, GPTConfig
 
 
@@ -96,11 +96,10 @@ def test_attention_is_that_of_the_model(model):
 
 
 def test_token_losses_have_the_mean_that_training_sees(model):
-    from kit import batches
-    rows = batches.windows(np.random.default_rng(0).integers(27, size=500).astype(np.uint16), np.arange(7) * 40, 16)
-    found = evaluation.token_losses(model, rows, 3, torch.device('cpu'), 'float32')
-    ids = torch.from_numpy(rows.astype(np.int64))
-    loss = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())[1].item()
+    data = np.random.default_rng(0).integers(27, size=500).astype(np.uint16)
+    x, y, _ = readers.Windows(data, 16).fetch(np.arange(7) * 40)
+    found = evaluation.token_losses(model, x, y, None, 3, torch.device('cpu'), 'float32')
+    loss = model(torch.from_numpy(x.astype(np.int64)), torch.from_numpy(y.astype(np.int64)))[1].item()
     assert found.shape == (7, 16) and found.mean() == pytest.approx(loss, rel=1e-5)
 
 
@@ -205,7 +204,7 @@ def test_the_gradient_norm_is_that_before_clipping(train, tiny):
 def test_a_resumed_run_goes_on_in_its_folder(hooked, train, tiny):
     """Killed at step 9, after it has told TensorBoard of steps that the resume, from step 5, makes again."""
     hooked('import os, model\nold = model.GPT.forward\nn = [0]\n'
-           'def forward(self, idx, targets=None):\n'
+           'def forward(self, idx, targets=None, documents=None):\n'
            '    n[0] += self.training\n'
            '    if n[0] == 12: os._exit(9)\n'  # two passes are the look before training
            '    return old(self, idx, targets)\n'
@@ -452,7 +451,7 @@ def test_a_replay_after_a_rewind(hooked, run, tiny):
     """Three bad steps in a row sent the run back to step 5, with other text; the replay reads that text too."""
     spoil = ('import model, torch\nfrom kit import batches\nold = model.GPT.forward\nn = [0]\n'
              'bad = {batches.torch_seed(1337, step, 0) for step in (6, 7, 8, 9)}\n'
-             'def forward(self, idx, targets=None):\n'
+             'def forward(self, idx, targets=None, documents=None):\n'
              '    logits, loss = old(self, idx, targets)\n'
              '    if self.training and torch.initial_seed() in bad and n[0] < 2:\n'
              '        n[0] += 1; loss = loss * float("nan")\n'
