@@ -47,7 +47,7 @@ def write_documents(path, length, n_bytes):
 
 def loop(path, folder):
     """What everybody writes first. Returns the number of tokens."""
-    encoding = tokens.tiktoken_encoding(tokenizer)
+    encoding = bins.load_encoding(tokenizer)
     codes = bins.deal(0, sum(1 for _ in open(path)), [90, 5, 5], 1337).tolist()
     parts = [array.array('H' if encoding.n_vocab <= 2**16 else 'I') for _ in bins.SPLITS]
     with open(path) as file:

@@ -85,7 +85,7 @@ def read(sources, text_key='text', pairs=False, errors='strict', skip=0, bar=Non
     keys = PAIR_KEYS if pairs else (text_key,)
     if len(sources) == 1 and isinstance(sources[0], str):  # the library can skip without downloading all
         rows, skip = divmod(skip, len(keys))
-        found = pick(stream(sources[0], rows, bar), keys)
+        found = pick(stream(sources[0], rows, bar), keys, f'{sources[0]}, row')
     else:
         found = itertools.chain.from_iterable(read_one(source, keys, errors, bar) for source in sources)
     return itertools.islice(found, skip, None)
@@ -93,7 +93,7 @@ def read(sources, text_key='text', pairs=False, errors='strict', skip=0, bar=Non
 
 def read_one(source, keys, errors, bar):
     if isinstance(source, str):
-        yield from pick(stream(source, 0, bar), keys)
+        yield from pick(stream(source, 0, bar), keys, f'{source}, row')
         return
     kind = suffix(source)
     if keys == PAIR_KEYS and kind not in ROWS + PAIRS:
@@ -101,13 +101,13 @@ def read_one(source, keys, errors, bar):
              'the keys prompt and response')
     try:
         if kind in PAIRS:
-            yield from pick(tsv_rows(source, errors, bar), keys)
+            yield from pick(tsv_rows(source, errors, bar), keys, f'{source}, line')
         elif kind == '.parquet':
-            yield from pick(parquet_rows(source, keys, bar), keys)
+            yield from pick(parquet_rows(source, keys, bar), keys, f'{source}, row')
         elif kind == '.csv':
-            yield from pick(csv_rows(source, errors, bar), keys)
+            yield from pick(csv_rows(source, errors, bar), keys, f'{source}, line')
         elif kind in ROWS:
-            yield from pick(json_rows(source, errors, bar), keys)
+            yield from pick(json_rows(source, errors, bar), keys, f'{source}, line')
         else:
             yield from pieces(source, errors, bar)
     except Exception as error:  # the disk, or a file that is not what its name says, in the words of six libraries
@@ -184,19 +184,19 @@ def unpacked(path, raw):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# rows: (where, {key: value})
+# rows: (number, {key: value})
 
 
-def pick(rows, keys):
-    """The texts of the rows under these keys, each a document."""
-    for where, row in rows:
+def pick(rows, keys, place):
+    """The texts of the rows under these keys, each a document. place: what stands before a number in a complaint."""
+    for number, row in rows:
         for key in keys:
             if key not in row:
-                fail_missing(where, row, keys)
+                fail_missing(f'{place} {number}', row, keys)
             if not isinstance(row[key], str):
-                fail(f'{where}: {key} is {row[key]!r:.40}, and should be text')
+                fail(f'{place} {number}: {key} is {row[key]!r:.40}, and should be text')
         if keys == PAIR_KEYS and not row['response']:
-            fail(f'{where}: the response is empty, and there would be nothing to learn; leave this pair out')
+            fail(f'{place} {number}: the response is empty, and there would be nothing to learn; leave this pair out')
         for key in keys:
             yield row[key], True
 
@@ -216,16 +216,15 @@ def json_rows(path, errors, bar):
     for number, line in lines(path, errors, bar):
         if line.isspace():
             continue
-        where = f'{path}, line {number}'
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            fail(f'{where}: this is no JSON ({error.msg}, column {error.colno})')
+            fail(f'{path}, line {number}: this is no JSON ({error.msg}, column {error.colno})')
         if not isinstance(row, dict):
-            fail(f'{where}: this is no object with keys, but {line.strip():.40}')
+            fail(f'{path}, line {number}: this is no object with keys, but {line.strip():.40}')
         if '\\u' in line:  # half a character that UTF-16 writes as two is no text
-            row = {key: whole_characters(value, where, errors) for key, value in row.items()}
-        yield where, row
+            row = {key: whole_characters(value, f'{path}, line {number}', errors) for key, value in row.items()}
+        yield number, row
 
 
 def whole_characters(value, where, errors):
@@ -242,11 +241,10 @@ def csv_rows(path, errors, bar):
     reader = csv.reader(line for _, line in lines(path, errors, bar))
     header = next(reader, [])
     for row in reader:
-        where = f'{path}, line {reader.line_num}'
         if row and len(row) != len(header):
-            fail(f'{where}: {len(row)} columns, and the header has {len(header)}')
+            fail(f'{path}, line {reader.line_num}: {len(row)} columns, and the header has {len(header)}')
         if row:
-            yield where, dict(zip(header, row))
+            yield reader.line_num, dict(zip(header, row))
 
 
 def tsv_rows(path, errors, bar):
@@ -254,7 +252,7 @@ def tsv_rows(path, errors, bar):
         columns = line.removesuffix('\n').split('\t')
         if len(columns) != 2:
             fail(f'{path}, line {number}: a pair has two columns, prompt, tab, response; here are {len(columns)}')
-        yield f'{path}, line {number}', dict(zip(PAIR_KEYS, columns))
+        yield number, dict(zip(PAIR_KEYS, columns))
 
 
 def parquet_rows(path, keys, bar):
@@ -264,8 +262,7 @@ def parquet_rows(path, keys, bar):
     if not set(keys) <= set(names):
         fail_missing(path, dict.fromkeys(names), keys)
     for batch in table.iter_batches(batch_size=1024, columns=list(keys), use_threads=False):
-        for number, row in enumerate(batch.to_pylist(), before + 1):
-            yield f'{path}, row {number}', row
+        yield from enumerate(batch.to_pylist(), before + 1)
         before += batch.num_rows
         bar.update(path.stat().st_size * batch.num_rows // table.metadata.num_rows)
 
@@ -278,6 +275,6 @@ def stream(source, skip, bar):
         rows = load_dataset(*filter(None, (name, config)), split=split or 'train', streaming=True)
         for number, row in enumerate(rows.skip(skip) if skip else rows, skip + 1):
             bar.update(1)
-            yield f'{source}, row {number}', row
+            yield number, row
     except Exception as error:  # in any of the words of two libraries
         raise ConnectionError(f'{name} could not be reached ({type(error).__name__}: {str(error)[:80]})') from error
