@@ -11,8 +11,9 @@ $ python prepare.py --input=hf:roneneldan/TinyStories --dataset=stories --tokeni
 $ python prepare.py --input=english_german.tsv --dataset=translation    pairs: prompt, tab, response
 $ zcat book.gz | python prepare.py --input=- --dataset=book
 
-Interrupted, it goes on with the same command. Documents (a text file, or a row of a table) are kept apart by the id of
-<|endoftext|>; with 100 or more of them each is whole in train, val or test.
+Text is .txt .md .py, a document a file; .jsonl[.gz|.zst] .csv .parquet and hf:NAME, which is streamed with the package
+datasets, have a document a row; .tsv holds pairs. Documents are kept apart by the id of <|endoftext|>; with 100 or more
+of them each is whole in train, val or test. Interrupted, it goes on with the same command.
 """
 
 import re
@@ -23,9 +24,8 @@ from kit import corpora, overrides
 # settings
 
 dataset = ''                # the name of the folder in data/; a known name can stand alone: prepare.py shakespeare
-input = ''                  # text (.txt .md .py), rows (.jsonl[.gz|.zst] .csv .parquet), pairs (.tsv), - for standard
-                            # input, or hf:OWNER/NAME[:CONFIG[:SPLIT]], streamed with the package datasets
-tokenizer = ''              # char, byte, bpe (learned from the text), gpt2, or another name of tiktoken's; '' = char
+input = ''                  # files, folders, globs, with commas between; - = standard input; hf:NAME[:CONFIG[:SPLIT]]
+tokenizer = ''              # char, byte, bpe (learned from the text), gpt2, ..., a dataset that has a bpe; '' = char
 vocab_size = 4096           # ids of bpe: 256 bytes, merges, and the end of text
 text_key = 'text'           # the key or column of a row that holds its text
 pairs = False               # the rows are pairs, with the keys prompt and response; a .tsv always is

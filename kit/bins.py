@@ -9,6 +9,7 @@ good, so that the same command goes on after any interruption, to the same bytes
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import tempfile
@@ -47,10 +48,16 @@ PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\
 
 
 def load_encoding(name):
-    """tiktoken's encoding of that name, or the end of the script with what to do without it."""
+    """tiktoken's encoding of that name, or that of a dataset, or the end of the script with what to do without it."""
     import tiktoken
     if name not in tiktoken.list_encoding_names():
-        fail(f'tokenizer = {name!r}: it is char, byte, bpe or one of {", ".join(tiktoken.list_encoding_names())}')
+        if re.fullmatch(r'[\w-][\w.-]*', name) and tokens.exists(folder := tokens.dataset_folder(name)):
+            description = tokens.read_meta(folder)['tokenizer']
+            if description['kind'] != 'bpe':
+                fail(f'tokenizer = {name!r}: this dataset is by {description["kind"]}; only a BPE can be taken over')
+            return tokens.tokenizer(description).encoding
+        fail(f'tokenizer = {name!r}: it is char, byte, bpe, one of {", ".join(tiktoken.list_encoding_names())}, or '
+             'the name of a dataset, whose BPE is taken over')
     try:
         return tokens.tiktoken_encoding(name)
     except OSError as error:
@@ -64,12 +71,10 @@ def tokenizer(name, vocab_size, part, read):
         return partial(encode_units, codec='utf-32-le', unit=np.uint32, end=CODE_END), CODE_END, np.uint32, None
     if name == 'byte':
         return partial(encode_units, codec='utf-8', unit=np.uint8, end=256), 256, np.uint16, {'kind': 'byte'}
-    if name != 'bpe':
-        description = tokens.describe_bpe(load_encoding(name))
-    elif (part / 'tokenizer.json').is_file():
+    if (part / 'tokenizer.json').is_file():
         description = json.loads((part / 'tokenizer.json').read_text(encoding='utf-8'))
     else:
-        description = learn_bpe(read(), vocab_size)
+        description = learn_bpe(read(), vocab_size) if name == 'bpe' else tokens.describe_bpe(load_encoding(name))
         write_whole(part / 'tokenizer.json', json.dumps(description))
     encoding = tokens.tokenizer(description).encoding
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32

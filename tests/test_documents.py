@@ -134,6 +134,19 @@ def test_bpe_learns_what_its_library_learns(prepare, place):
     assert sum(sizes.values()) < 200_000 / 3  # bytes a token
 
 
+def test_a_vocabulary_is_taken_over(prepare, run, place):
+    pytest.importorskip('tokenizers')
+    (place / 'x.txt').write_text(some_text(50_000))
+    (place / 'y.txt').write_text('other words, other letters ' * 50)
+    prepare('--input=x.txt', '--tokenizer=bpe', '--vocab_size=300')
+    result = run('prepare.py', '--input=y.txt', '--dataset=y', '--tokenizer=x')
+    assert result.status == 0, result.err
+    assert tokens.read_meta(place / 'data/y')['tokenizer'] == tokens.read_meta(place / 'data/x')['tokenizer']
+    assert run('train.py', '--dataset=x,y', *TINY, '--max_iters=1').status == 0
+    assert run('prepare.py', '--input=y.txt', '--dataset=z').status == 0
+    assert 'z' in (err := run('prepare.py', '--input=y.txt', '--dataset=u', '--tokenizer=z').err) and 'char' in err
+
+
 @needs_mirror
 @pytest.mark.parametrize('line_end', ['\n', '\r\n'])
 def test_a_large_text_is_cut_where_no_token_is(prepare, place, line_end, monkeypatch):
