@@ -51,6 +51,7 @@ if schedule:
     print(f'{len(rates):,} steps: {warmup} of warmup, {max(rates):.1e} at the highest, {rates[-1]:.1e} in the last, '
           f'{sum(rates) / len(rates):.1e} on average')
     for name, words in [('max_minutes', 'the number of steps is not known before; drawn is max_iters'),
+                        ('max_epochs', 'the number of steps is that of the dataset; drawn is max_iters'),
                         ('lr_by_norm', 'the rate will be lower where the gradient norm spikes')]:
         if settings[name]:
             print(f'{name}: {words}')

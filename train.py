@@ -187,7 +187,7 @@ if objective == 'mlm' and not mask_prob:
 data, meta = readers.open(config)
 steps_per_epoch = data['train'].rows_per_epoch(sampling) / rows_per_step
 tokens_per_step = round(rows_per_step * data['train'].mean_length)  # without padding
-if max_epochs:
+if max_epochs and not test:
     max_iters = config['max_iters'] = max(1, math.ceil(max_epochs * steps_per_epoch))
     print(f'max_iters: {max_iters} ({max_epochs:g} epochs)')
 warmup_steps = schedules.check(config)
