@@ -181,6 +181,14 @@ def note(part, progress, touched):
     write_whole(part / 'progress.json', json.dumps(progress))
 
 
+def noted(part):
+    """How many documents the next launch need not read again: where the disk is full, a note itself may have failed."""
+    try:
+        return json.loads((part / 'progress.json').read_text(encoding='utf-8'))['documents']
+    except (OSError, ValueError):
+        return 0
+
+
 def clear(part, kept):
     """Empty a half-made folder, but for the file of that name."""
     for path in part.iterdir() if part.exists() else ():
@@ -278,10 +286,10 @@ def make(folder, job, read, total=None, unit='B', overwrite=False):
         raise
     except OSError as error:
         what = f'{folder} could not be written: {error.strerror}' if error.errno else error
-        kept = f'{progress["documents"]:,} documents are kept, and the same command goes on from there'
-        fail(f'{what}; {kept if progress["documents"] else "nothing is kept"}')
+        kept = f'{noted(part):,} documents are kept, and the same command goes on from there'
+        fail(f'{what}; {kept if noted(part) else "nothing is kept"}')
     finally:
-        if part.exists() and not progress['documents']:
+        if part.exists() and not noted(part):
             abandon(part)
     clear(part, 'progress.json')  # which says that all is in its place: the last to go
     shutil.rmtree(part)

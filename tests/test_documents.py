@@ -451,11 +451,19 @@ def test_a_full_disk(prepare, place, calls):
     assert content(place / 'data/x') == whole and ('going on' in result.out) == (calls > 1)
 
 
+def test_a_disk_without_room_for_a_note(prepare, place):
+    write_jsonl(place / 'x.jsonl', DOCUMENTS)
+    full = "\ndef full(*args):\n    raise OSError(28, 'No space left on device')\nbins.write_whole = full\n"
+    result = prepare('--input=x.jsonl', '--tokenizer=byte', code=SMALL_STEPS + full, status=2)
+    assert 'nothing is kept' in result.err and not (place / 'data/x').exists()
+
+
 def test_ctrl_c(place):
     """The real signal: one line, and the same command goes on."""
     write_jsonl(place / 'x.jsonl', DOCUMENTS)
     (place / 'cut.py').write_text(
         f'import os, signal, sys; sys.path.insert(0, {str(HOUSE)!r})\n{SMALL_STEPS}'
+        'signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # a shell's background job ignores it
         'store = bins.append\n'
         'def append(folder, stem, ids, start, size):\n'
         '    if start > 8000: os.kill(os.getpid(), signal.SIGINT)\n'
