@@ -76,7 +76,7 @@ meta = saved.get('meta') or tokens.read_meta(tokens.dataset_folder(dataset))
 if meta['vocab_size'] > saved['model_args']['vocab_size']:
     overrides.fail(f'{path}: its tokenizer stands in data/{dataset}/meta.pkl, and that is not here; copy the folder')
 for other, saved in loaded.items():
-    if saved.get('meta', meta)['tokenizer'] != meta['tokenizer']:
+    if not tokens.is_same_tokenizer(saved.get('meta', meta)['tokenizer'], meta['tokenizer']):
         overrides.fail(f'{other} and {path} have different tokenizers; only models that read the same ids can be mixed')
 try:
     text = tokens.tokenizer(meta['tokenizer'])

@@ -187,6 +187,8 @@ if objective == 'mlm' and not mask_prob:
 data, meta = readers.open(config)
 steps_per_epoch = data['train'].rows_per_epoch(sampling) / rows_per_step
 tokens_per_step = round(rows_per_step * data['train'].mean_length)  # without padding
+if max_epochs and {'max_iters', 'max_epochs'} <= overrides.given:
+    overrides.fail('max_iters, max_epochs: one of them says when to end; --max_epochs=0 leaves it to max_iters')
 if max_epochs and not test:
     max_iters = config['max_iters'] = max(1, math.ceil(max_epochs * steps_per_epoch))
     print(f'max_iters: {max_iters} ({max_epochs:g} epochs)')
@@ -505,6 +507,6 @@ errands.show_end(why_stop, step, max_iters, budget, out_dir, averages.smoothed(r
 if ranks.is_main:
     errands.show_sample(averages.smoothed(raw_model, average), data['val'], meta, device, dtype)
     print('\n'.join(diagnosis.verdict(journal.history)))
-    errands.show_next_commands(out_dir)
+    errands.show_next_commands(out_dir, objective == 'causal')
 journal.close()
 ranks.leave(0 if is_saved else 1)  # 1: the last state could not be saved

@@ -31,8 +31,9 @@ def seed_all(seed):
 
 def apportion(n, weights):
     """
-    How many of the first n rows each of several datasets has, at most one away from its share of them. Functions of n
-    that never fall, so what a step has of each is known without its past.
+    How many of the first n rows each of several datasets has, less than one away from its share of them where they are
+    two, and no more than some where they are many. Functions of n that never fall, so what a step has of each is known
+    without its past.
     """
     counts, rest, left = [], n, sum(weights)
     for weight in weights[:-1]:
@@ -209,7 +210,7 @@ def by_length(order, lengths, rows, first, draw):
 
 def noise(rows, block_size, *key):
     """What decides which tokens of a step are corrupted: (rows, block_size) numbers in [0, 1), all of a step's rows."""
-    return generator(*key, 1).random((rows, block_size))  # the 1 keeps them apart from the draws of the rows
+    return generator(*key, 0, 0, 1).random((rows, block_size))  # a key longer than those that draw rows
 
 
 def is_corrupted(noise, lengths, share):

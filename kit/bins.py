@@ -35,6 +35,8 @@ BATCH = 2**19  # characters that one thread encodes at a time
 NOTE_EVERY = 10  # seconds between two notes of how far the files are good
 RAW_SHARD = 2**26  # ids in one file before they are dealt to the splits
 CHUNK = 2**22  # ids that are dealt at a time
+RUN = 2**11  # characters of one kind in a row that may be cut apart
+SIGNS = re.compile(r'(?:[^\w\s]|_)+')
 SAMPLE = 2**25  # characters that a vocabulary is learned from
 CODE_END = 0x110000  # the code point behind the last: END, until the alphabet is known
 
@@ -91,13 +93,29 @@ def encode_units(batch, codec, unit, end):
 
 def encode_bpe(batch, encoding, dtype):
     """By tiktoken, all texts in one call, with END between them; END inside a text is text."""
-    if any(tokens.END in text for text, _ in batch):
+    pieces = [cut_runs(text) for text, _ in batch]
+    if len(pieces) < sum(map(len, pieces)) or any(tokens.END in text for text, _ in batch):
         ids = []
-        for text, is_end in batch:
-            ids += [encoding.encode_to_numpy(text, disallowed_special=()), [encoding.eot_token] * is_end]
+        for texts, (_, is_end) in zip(pieces, batch):
+            ids += [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+            ids.append([encoding.eot_token] * is_end)
         return np.concatenate(ids).astype(dtype)
     text = ''.join([text + tokens.END if is_end else text for text, is_end in batch])
     return encoding.encode_to_numpy(text, allowed_special={tokens.END}, disallowed_special=()).astype(dtype)
+
+
+def cut_runs(text):
+    """
+    A text in the pieces that it is encoded in: whole, but that 2 x RUN characters of one kind (letters, digits, spaces
+    or signs) are cut somewhere. BPE sees a run as one word, and its time grows with the square of a word's length.
+    """
+    pieces, done = [], 0
+    for i in range(0, len(text) - RUN + 1, RUN):
+        run = text[i:i + RUN]
+        if run.isalpha() or run.isspace() or run.isnumeric() or SIGNS.fullmatch(run):
+            pieces += [text[done:i], run] if i > done else [run]
+            done = i + RUN
+    return [*pieces, text[done:]] if done < len(text) or not pieces else pieces
 
 
 def learn_bpe(documents, vocab_size):
@@ -117,7 +135,7 @@ def learn_bpe(documents, vocab_size):
     learner.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PATTERN), 'isolated'),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    learner.train_from_iterator(kept, trainers.BpeTrainer(
+    learner.train_from_iterator((piece for text in kept for piece in cut_runs(text)), trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     byte_of = {char: byte for byte, char in enumerate(byte_level_characters())}
@@ -318,6 +336,9 @@ def spool(folder):
     try:
         with open(path, 'wb') as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
+    except KeyboardInterrupt:
+        abandon(path.parent)
+        raise
     except OSError as error:
         abandon(path.parent)
         fail(f'standard input could not be written to {path}: {error.strerror}')

@@ -23,7 +23,7 @@ import torch
 
 from kit import optimizers, ranks
 from kit.overrides import fail
-from kit.tokens import check_meta
+from kit.tokens import check_meta, is_same_tokenizer
 
 MODEL_ARGS = 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'dropout', 'gelu_approximate', \
     'causal'
@@ -525,9 +525,7 @@ def check_fit(saved, block_size, meta):
     if meta['vocab_size'] > known['vocab_size']:
         fail(f'dataset: it has {meta["vocab_size"]:,} ids and these weights know {known["vocab_size"]:,}; '
              'prepare the text with their tokenizer')
-    mine, theirs = meta['tokenizer'], saved.get('meta', meta)['tokenizer']
-    keys = [key for key in ('chars', 'name', 'ranks') if key in mine and key in theirs]  # GPT-2's may be a name alone
-    if mine['kind'] != theirs['kind'] or any(mine[key] != theirs[key] for key in keys):
+    if not is_same_tokenizer(meta['tokenizer'], saved.get('meta', meta)['tokenizer']):
         fail('dataset: its ids mean other tokens than those of these weights; prepare the text with their tokenizer')
     if block_size > known['block_size']:
         fail(f'block_size = {block_size}: these weights know {known["block_size"]} positions, no more')

@@ -85,6 +85,8 @@ def prepare(name, source='', tokenizer='', overwrite=False, *, vocab_size=4096, 
         require('datasets', name)
         job |= {'input': 'hf:Skylion007/openwebtext', 'counts': [1998, 1, 1], 'seed': None}
         announce_openwebtext(folder)
+    if tokenizer not in ('char', 'byte', 'bpe'):
+        bins.load_encoding(tokenizer)  # before any work begins
     if source == '-':
         sources = [bins.spool(folder)]
         job['files'] = tokens.sha256(sources[0])  # of another text nothing is gone on with
@@ -92,8 +94,6 @@ def prepare(name, source='', tokenizer='', overwrite=False, *, vocab_size=4096, 
         sources = documents.find(job['input'])
         job['files'] = documents.stamps(sources)
         job['pairs'] |= documents.are_pairs(sources)
-    if tokenizer not in ('char', 'byte', 'bpe'):
-        bins.load_encoding(tokenizer)  # before any work begins
     is_stream = any(isinstance(path, str) for path in sources)
     total = 8_013_769 if name == 'openwebtext' else None if is_stream else sum(path.stat().st_size for path in sources)
     bins.make(folder, job, lambda skip, bar: documents.read(sources, text_key, job['pairs'], errors, skip, bar), total,

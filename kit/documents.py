@@ -12,6 +12,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 from pathlib import Path
 
 from kit.overrides import fail, require
@@ -26,14 +27,20 @@ PATIENCE = 16  # blocks that are searched for a place to cut
 
 
 def find(source):
-    """The files that --input names, in its order and in that of their names, and hf:NAMEs as they are."""
+    """
+    The files that --input names, each once, in its order and in that of their names, and hf:NAMEs as they are. What is
+    hidden in a folder stays so.
+    """
     found = []
-    for word in [source] if Path(source).exists() else map(str.strip, source.split(',')):
+    for word in [source] if os.path.exists(source) else map(str.strip, source.split(',')):
         path = Path(word)
+        if not word:
+            fail(f'--input={source:.80}: there is nothing before, between or behind a comma')
         if word.startswith('hf:'):
             found.append(word)
         elif path.is_dir():
-            inside = sorted(p for p in path.rglob('*') if suffix(p) and p.is_file())
+            inside = sorted(p for p in path.rglob('*') if suffix(p) and p.is_file()
+                            and not any(part.startswith('.') for part in p.relative_to(path).parts))
             found += inside or fail(f'--input={word}: there is no file in this folder that ends in '
                                     f'{", ".join(TEXTS + ROWS + PAIRS)}')
         elif path.exists():
@@ -41,6 +48,7 @@ def find(source):
         else:
             matches = sorted(p for p in map(Path, glob.glob(word, recursive=True)) if p.is_file())
             found += matches or fail(f'--input={word}: there is no such file')
+    found = list({name if isinstance(name, str) else name.resolve(): name for name in found}.values())
     for name in found:  # before any work begins
         for ending, package in ('.zst', 'zstandard'), ('.parquet', 'pyarrow'):
             if str(name).lower().endswith(ending):
@@ -249,6 +257,8 @@ def csv_rows(path, errors, bar):
 
 def tsv_rows(path, errors, bar):
     for number, line in lines(path, errors, bar):
+        if line.isspace() and '\t' not in line:
+            continue
         columns = line.removesuffix('\n').split('\t')
         if len(columns) != 2:
             fail(f'{path}, line {number}: a pair has two columns, prompt, tab, response; here are {len(columns)}')

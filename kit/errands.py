@@ -113,8 +113,9 @@ def test(tested, new_model, which, settings, data, meta, device, dtype):
             bytes_per_token = None if rows.is_mlm else tokens.bytes_per_token(meta, targets)
             bits = f'{loss / math.log(2) / bytes_per_token:.4f}' if bytes_per_token else 'unknown'
             of = f' of {dataset}' if len(data[split].parts) > 1 else ''
+            size = f'{len(targets):,} tokens' + (f', {rows.mask_prob:.0%} of them hidden' if rows.is_mlm else '')
             print(f'{split}{of} loss {loss:.4f}, perplexity {perplexity:.3f}, accuracy {accuracy:.2%}, bits per byte '
-                  f'{bits} ({len(targets):,} tokens): {name}')
+                  f'{bits} ({size}): {name}')
             if isinstance(rows.readers[0], readers.Padded):
                 test_answers(name, model, rows.readers[0], meta, batch_size, device, dtype)
 
@@ -128,7 +129,7 @@ def test_answers(name, model, reader, meta, batch_size, device, dtype):
     found = evaluation.bleu(answers, references)
     score = f'BLEU {found[0]:.2f} ({found[1]})' if found else 'BLEU unknown (it takes sacrebleu: pip install sacrebleu)'
     print(f'{score}, exact match {exact:.2%} (greedy, {len(numbers):,} of {reader.n_numbers:,} pairs): {name}')
-    for i in range(2):
+    for i in range(min(2, len(numbers))):
         print(f'  asked for {references[i]!r}, it wrote {answers[i]!r}')
 
 
@@ -382,13 +383,14 @@ def fill_masks(model, data, text, device, dtype):
     return [tokens.decode(text, ids[0].tolist()) for ids in (x, filled)]
 
 
-def show_next_commands(out_dir):
+def show_next_commands(out_dir, can_write):
     """What is worth typing after a run."""
     name = shlex.quote(out_dir)
     where, run, average = ('', '', '') if out_dir == 'checkpoints' else (
         f' --out_dir={name}', f' {name}', f' --checkpoint_dir={name}')
     print('next:')
-    print(f'  python sample.py{where} --num_samples=3      more of its writing, after a --start of yours')
+    if can_write:
+        print(f'  python sample.py{where} --num_samples=3      more of its writing, after a --start of yours')
     print(f'  python plot_loss.py{run}      the loss curve as a picture')
     print(f'  python train.py --test{where}      loss, perplexity and accuracy on the test split')
     print(f'  python checkpoint_averaging.py{average}      the last checkpoints as one, which may be better than any')

@@ -58,8 +58,8 @@ class Windows:
         return len(rows) * self.block_size
 
     def targets(self):
-        """The targets of an epoch, an array of ids."""
-        return self.data[1:]
+        """The targets of an epoch: ids with a length and slices, which may lie on the disk."""
+        return self.data[1:] if isinstance(self.data, np.ndarray) else self.data.without_first()
 
     def where(self, row):
         """Where the text of a row is."""
@@ -326,6 +326,8 @@ def parse(dataset):
     weights = {}
     for part in dataset.split(','):
         name, _, weight = part.strip().partition(':')
+        if name in weights:
+            fail(f'dataset = {dataset!r}: {name} stands there twice')
         try:
             weights[name] = float(weight or 1)
         except ValueError:
@@ -349,7 +351,7 @@ def open(settings):
         found[name] = (folder, *tokens.read_dataset(folder, s['block_size'] if s['batch_mode'] == 'windows' else 1))
     first, (_, _, meta) = next(iter(found.items()))
     for name, (_, _, other) in found.items():
-        if other['tokenizer'] != meta['tokenizer']:
+        if not tokens.is_same_tokenizer(other['tokenizer'], meta['tokenizer']):
             fail(f'dataset = {s["dataset"]!r}: {first} and {name} have different tokenizers; prepare both with the '
                  'same, such as gpt2 or byte')
     common = [split for split in ('train', 'val', 'test') if all(split in splits for _, splits, _ in found.values())]

@@ -52,12 +52,16 @@ def find_tested(settings, config, rules, shape, launch):
     """What --test measures: (config, {path: checkpoint}), the dataset and sizes of the first taken over."""
     paths = [path for path in settings['checkpoint'].split(',') if path] or [str(checkpoints.best(settings['out_dir']))]
     tested = {path: checkpoints.load(path) for path in paths}
+    if len({saved.get('config', {}).get('objective', 'causal') for saved in tested.values()}) > 1:
+        overrides.fail('checkpoint: some of these write and others fill masks (objective); test them one by one')
     return adopt_from(next(iter(tested.values())), settings, config, rules, shape, launch, shape), tested
 
 
 def adopt_from(saved, settings, config, rules, shape, launch, fixed):
     """The settings of a checkpoint and the sizes of its model taken over, see overrides.adopt."""
     found = saved.get('config', {}) | {name: saved['model_args'][name] for name in shape}
+    if {'max_iters', 'max_minutes'} & overrides.given:
+        found.pop('max_epochs', None)  # it would outdo them
     return overrides.adopt(settings, found, config, rules, fixed, launch)
 
 

@@ -109,6 +109,12 @@ def beginning(tokens, meta):
     return [meta['end_of_text']] if meta.get('documents') else tokens.encode('\n')
 
 
+def is_same_tokenizer(one, other):
+    """Whether ids mean the same by two descriptions, of which one may know no more than the name, as nanoGPT's do."""
+    keys = [key for key in ('chars', 'name', 'ranks') if key in one and key in other]
+    return one['kind'] == other['kind'] and all(one[key] == other[key] for key in keys)
+
+
 def bytes_per_token(meta, ids):
     """
     How many bytes of text a token of these ids stands for, on average; special tokens stand for none. None where the
@@ -118,7 +124,7 @@ def bytes_per_token(meta, ids):
         text = tokenizer(meta['tokenizer'])
     except OSError:
         return None
-    counts = np.bincount(ids, minlength=text.size)
+    counts = sum(np.bincount(ids[i:i + 2**22], minlength=text.size) for i in range(0, len(ids), 2**22))
     n_bytes = sum(int(counts[i]) * len(text.decode_bytes([i])) for i in np.flatnonzero(counts).tolist()
                   if i not in text.specials)
     return n_bytes / len(ids)
@@ -220,13 +226,20 @@ class Shards:
     def __getitem__(self, places):
         """The ids of a slice or at an array of non-negative places, in its shape."""
         if isinstance(places, slice):
-            places = np.arange(*places.indices(len(self)))
+            start, stop, _ = places.indices(len(self))  # every id: no one here asks for every second
+            firsts = self.ends - [len(part) for part in self.parts]
+            return np.concatenate([part[max(0, start - first):max(0, stop - first)]
+                                   for part, first in zip(self.parts, firsts.tolist())])
         places = np.asarray(places)
         found, which = np.empty(places.shape, self.dtype), np.searchsorted(self.ends, places, side='right')
         for i in np.unique(which):
             here = which == i
             found[here] = self.parts[i][places[here] - (self.ends[i] - len(self.parts[i]))]
         return found
+
+    def without_first(self):
+        """All ids but the first, still on the disk."""
+        return Shards([self.parts[0][1:], *self.parts[1:]])
 
 
 def read_meta(folder):

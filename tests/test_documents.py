@@ -182,6 +182,32 @@ def test_several_inputs(prepare, place):
     assert meta['documents'] == {'train': 2, 'val': 3, 'test': 0} and not (place / 'data/x/test.bin').exists()
 
 
+def test_each_file_is_read_once(prepare, place):
+    folder = place / 'a folder of texts with a long name'
+    (folder / '.hidden').mkdir(parents=True)
+    (folder / '.hidden/x.txt').write_text('hidden')
+    names = [f'{folder.name}/{i}.txt' for i in range(60)]
+    for name in names:
+        (place / name).write_text(name * 9)
+    prepare(f'--input={",".join(names)},./{names[0]},{folder.name}', '--tokenizer=byte')
+    assert sum(tokens.read_meta(place / 'data/x')['documents'].values()) == 60
+    result = prepare(f'--input={names[0]},', '--overwrite', status=2)
+    assert 'comma' in result.err and result.err.count('\n') == 1
+
+
+@needs_mirror
+def test_a_long_word_takes_no_longer_than_others(prepare, place):
+    """Uncut, BPE would be at it for hours."""
+    texts = ['a' * 1_000_000, 'the end', '^' * 300_000 + 'x' * 5000 + END, ' ' * 300_000, '1' * 100_000, 'ab ' * 999]
+    write_jsonl(place / 'x.jsonl', texts)
+    prepare('--input=x.jsonl', '--tokenizer=gpt2', '--split=50,50,0', env={'FLATGPT_MIRROR': str(MIRROR)})
+    data, meta = tokens.read_dataset(place / 'data/x')
+    text = tokens.tokenizer(meta['tokenizer'])
+    assert tokens.decode(text, np.concatenate([data['train'], data['val']])) == ''.join(t + END for t in texts)
+    for text in [*texts, '', 'ab' * 1023, 'x' * 2048 + 'y', '-' * 2048]:
+        assert ''.join(bins.cut_runs(text)) == text and all(len(run) < 4096 for run in bins.cut_runs(text)[:-1])
+
+
 def test_standard_input(prepare, place):
     (place / 'x.txt').write_text(some_text())
     prepare('--input=-', code='sys.stdin = open("x.txt")')

@@ -95,7 +95,7 @@ def test_shards_are_one_array():
     assert len(shards) == 100 and shards.dtype == np.uint16
     for a, b in (0, 100), (0, 7), (45, 60), (49, 52), (90, 300), (70, 70), (None, None), (5, None):
         assert np.array_equal(shards[a:b], whole[a:b])
-    assert np.array_equal(shards[::7], whole[::7])
+    assert np.array_equal(shards.without_first()[:], whole[1:])
     places = rng.integers(100, size=(9, 5))
     assert np.array_equal(shards[places], whole[places]) and shards[99] == whole[99]
     starts = np.arange(84)
@@ -471,11 +471,14 @@ def test_resume_is_exact(run, byte_sets, mode):
 
 
 def test_max_epochs(run, byte_sets):
-    result = run('train.py', *TINY, '--dataset=pairs', '--batch_mode=padded', '--block_size=48', '--sampling=shuffle',
-                 '--max_epochs=1.5', '--batch_size=7')
+    args = [*(word for word in TINY if not word.startswith('--max_iters')), '--dataset=pairs', '--batch_mode=padded',
+            '--block_size=48', '--sampling=shuffle', '--batch_size=7']
+    result = run('train.py', *args, '--max_epochs=1.5')
     assert result.status == 0, result.err
     assert 'max_iters: 26 (1.5 epochs)' in result.out  # 120 pairs, 7 a step
     assert len(losses(result)) == 26 and re.search(r'^iter 25: .*, epoch 1\.52$', result.out, re.M)
+    longer = run('train.py', '--init_from=resume', '--max_iters=30')  # what is given now outdoes what was
+    assert longer.status == 0 and len(losses(longer)) == 4, longer.out + longer.err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,6 +519,42 @@ def test_answers_are_greedy_and_measured(run, byte_sets):
     assert sampled.out.split('steps\n')[1] == f'{prompt}\n{answers[0]}\n', sampled.err
 
 
+def test_a_split_of_one_pair(run, byte_sets):
+    ids, rows = pairs(1, 5)
+    np.array(ids, '<u2').tofile(byte_sets / 'data/pairs/test.bin')
+    np.save(byte_sets / 'data/pairs/test.rows.npy', np.array(rows))
+    meta = json.loads((byte_sets / 'data/pairs/meta.json').read_text())
+    meta['files'] = {}
+    (byte_sets / 'data/pairs/meta.json').write_text(json.dumps(meta))
+    args = [*TINY, '--dataset=pairs', '--batch_mode=padded', '--block_size=48', '--max_iters=1']
+    assert run('train.py', *args).status == 0
+    tested = run('train.py', '--test')
+    assert tested.status == 0 and '1 of 1 pairs' in tested.out, tested.err
+
+
+def test_models_of_two_objectives_are_no_ensemble(run, byte_sets):
+    assert run('train.py', *TINY, '--dataset=docs', '--max_iters=1', '--out_dir=a').status == 0
+    assert 'sample.py' not in run('train.py', *TINY, '--dataset=docs', '--objective=mlm', '--max_iters=1',
+                                  '--out_dir=b').out
+    result = run('train.py', '--test', '--checkpoint=a/ckpt.pt,b/ckpt.pt')
+    assert result.status == 2 and 'objective' in result.err and result.err.count('\n') == 1
+
+
+def test_descriptions_of_one_tokenizer():
+    name = {'kind': 'bpe', 'name': 'gpt2'}
+    whole = name | {'ranks': 'YQ==', 'pattern': '.'}
+    assert tokens.is_same_tokenizer(name, whole) and not tokens.is_same_tokenizer(name, whole | {'name': 'bpe'})
+    assert not tokens.is_same_tokenizer(whole, whole | {'ranks': 'Yg=='})
+    assert not tokens.is_same_tokenizer({'kind': 'byte'}, {'kind': 'char', 'chars': ['a']})
+
+
+def test_noise_is_not_what_draws_rows():
+    noise = batches.noise(4, 1, 1337, 5, 0)[:, 0]
+    for number in range(4):
+        starts = batches.window_starts(10**9 + 1, 1, 4, 1337, 5, 'random', number=number)
+        assert not np.allclose(starts / 10**9, noise, atol=1e-6)
+
+
 def test_a_model_of_documents_begins_one(run, byte_sets):
     assert run('train.py', *TINY, '--dataset=docs', '--batch_mode=packed').status == 0
     own = run('sample.py', '--max_new_tokens=20').out
@@ -550,6 +589,8 @@ def test_averages_are_measured_in_their_mode(run, byte_sets):
     (['--dataset=docs:1,other:-1'], ['other:-1', 'above 0']),
     (['--dataset=docs,nowhere'], ['nowhere', 'prepare.py']),
     (['--dataset=docs', '--max_epochs=-1'], ['max_epochs', '-1']),
+    (['--dataset=docs', '--max_epochs=1', '--max_iters=1'], ['max_epochs', 'max_iters', '--max_epochs=0']),
+    (['--dataset=docs:0.5,docs:0.3'], ['docs', 'twice']),
     (['--dataset=docs', '--max_epochs=1', '--max_minutes=1', '--warmup_iters=25'], ['max_epochs', 'max_minutes']),
 ])
 def test_mistakes(run, byte_sets, args, named):
