@@ -134,7 +134,7 @@ RULES = [
     '0 <= grad_clip_quantile < 1', 'grad_clip_value >= 0', 'max_bad_steps >= 0', '0 <= ema_decay < 1', 'swa_start >= 0',
     'max_minutes >= 0', 'early_stop >= 0', 'min_delta >= 0', '0 <= warmup_share < 1', 'warmup_start_lr >= 0',
     '0 < find_lr_start < find_lr_end  # the rates climb',
-    'swa_start < max_iters  # the average would never begin',
+    'max_epochs or swa_start < max_iters  # the average would never begin',
     'not (ema_decay and swa_start)  # one average at a time; --ema_decay=0 or --swa_start=0',
     'weights in ("auto", "raw", "ema", "swa")', 'save_errors in ("warn", "stop")',
     'n_head == 0 or n_embd % n_head == 0  # n_embd must be a multiple of n_head; --n_head=0 takes a head per 64',
@@ -192,6 +192,8 @@ if max_epochs and {'max_iters', 'max_epochs'} <= overrides.given:
 if max_epochs and not test:
     max_iters = config['max_iters'] = max(1, math.ceil(max_epochs * steps_per_epoch))
     print(f'max_iters: {max_iters} ({max_epochs:g} epochs)')
+    if swa_start >= max_iters:
+        overrides.fail(f'swa_start = {swa_start}: the run has {max_iters} steps, and the average would never begin')
 warmup_steps = schedules.check(config)
 
 

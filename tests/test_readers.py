@@ -477,6 +477,8 @@ def test_max_epochs(run, byte_sets):
     assert result.status == 0, result.err
     assert 'max_iters: 26 (1.5 epochs)' in result.out  # 120 pairs, 7 a step
     assert len(losses(result)) == 26 and re.search(r'^iter 25: .*, epoch 1\.52$', result.out, re.M)
+    late = run('train.py', *args, '--max_epochs=1.5', '--swa_start=26')
+    assert late.status == 2 and 'swa_start = 26' in late.err and late.err.count('\n') == 1
     longer = run('train.py', '--init_from=resume', '--max_iters=30')  # what is given now outdoes what was
     assert longer.status == 0 and len(losses(longer)) == 4, longer.out + longer.err
 
