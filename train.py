@@ -36,7 +36,6 @@ from kit import (
     schedules,
     signals,
     starts,
-    tokens,
 )
 from kit.budget import Budget
 from kit.journal import Journal, check_wandb, duration, short
@@ -145,8 +144,7 @@ RULES = [
     'too_long in ("cut", "drop")', 'objective in ("causal", "mlm")', '0 <= mask_prob < 1', 'max_epochs >= 0',
     'not (objective == "mlm" and batch_mode == "padded")  # pairs are for writing; windows or packed fill masks',
     'not (max_epochs and max_minutes)  # one of them says when to end; set the other to 0',
-    'dtype in ("auto", "float32", "bfloat16", "float16")',
-    'backend in ("auto", "nccl", "gloo")',
+    'dtype in ("auto", "float32", "bfloat16", "float16")', 'backend in ("auto", "nccl", "gloo")',
     'test or not checkpoint  # --checkpoint goes with --test; a resume takes ckpt.pt of --out_dir',
     'out_dir.strip("./")  # the run needs a folder of its own, such as --out_dir=exp1',
     'test + eval_only + dry_run + find_lr + (inspect_step >= 0) <= 1  # one errand at a time',
@@ -187,20 +185,15 @@ if objective == 'mlm' and not mask_prob:
 data, meta = readers.open(config)
 steps_per_epoch = data['train'].rows_per_epoch(sampling) / rows_per_step
 tokens_per_step = round(rows_per_step * data['train'].mean_length)  # without padding
-if max_epochs and {'max_iters', 'max_epochs'} <= overrides.given:
-    overrides.fail('max_iters, max_epochs: one of them says when to end; --max_epochs=0 leaves it to max_iters')
-if max_epochs and not test:
-    max_iters = config['max_iters'] = max(1, math.ceil(max_epochs * steps_per_epoch))
-    print(f'max_iters: {max_iters} ({max_epochs:g} epochs)')
-    if swa_start >= max_iters:
-        overrides.fail(f'swa_start = {swa_start}: the run has {max_iters} steps, and the average would never begin')
+if max_epochs:
+    max_iters = config['max_iters'] = schedules.steps(config, steps_per_epoch, is_run=not test)
 warmup_steps = schedules.check(config)
 
 
 def get_rows(split, step):
-    """All rows of a step, of every micro-step and process: their numbers, and what masks their tokens, or None."""
+    """All rows of a step, of every micro-step and process: see Rows.of_step."""
     n = rewinds if inspect_step < 0 else max(rewinds, int(past.at('rewinds', step)))
-    return data[split].draw(rows_per_step, seed, step, sampling, n), data[split].noise(rows_per_step, seed, step, n)
+    return data[split].of_step(rows_per_step, seed, step, sampling, n)
 
 
 def get_batch(split, step, micro_step):
@@ -211,9 +204,9 @@ def get_batch(split, step, micro_step):
     """
     step, micro_step = step + micro_step // micro_steps, micro_step % micro_steps  # the one after the last
     first = (micro_step * ranks.world_size + ranks.rank) * batch_size
-    rows, noise = get_rows(split, step)
+    rows, noise, n_targets = get_rows(split, step)
     mine = rows[first:first + batch_size], noise if noise is None else noise[first:first + batch_size]
-    parts = data[split].count(rows, noise) / data[split].count(*mine)
+    parts = n_targets / data[split].count(*mine)
     return *(devices.send(a, device) for a in data[split].fetch(*mine)), parts / ranks.world_size
 
 
@@ -224,20 +217,9 @@ if test:
 # ---------------------------------------------------------------------------------------------------------------------
 # model and optimizer
 
-n_head = n_head or default_heads(n_embd)
-vocab_size = tokens.padded_vocab_size(meta, with_mask=mask_prob > 0)
-checkpoints.check_fit(saved, block_size, meta)
-if saved and mask_prob:
-    checkpoints.make_room(saved, meta['vocab_size'] + 1, is_resumed=init_from == 'resume')
-model_args = saved.get('model_args', {'vocab_size': vocab_size}) | dict(
-    n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
-model_args.pop('causal', None)
-if objective == 'mlm':
-    model_args['causal'] = False
-if saved:
-    positions = 'transformer.wpe.weight'
-    saved['model'][positions] = saved['model'][positions][:block_size]
-
+model_args = starts.model_args(
+    saved, meta, mask_prob > 0, objective == 'causal', n_layer=n_layer, n_head=n_head or default_heads(n_embd),
+    n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 batches.seed_all(seed)
 raw_model = GPT(GPTConfig(**model_args))
 if saved:
@@ -416,7 +398,7 @@ while True:
 
     # one step: the mean gradient of all its rows, a micro-step at a time
     if step == inspect_step:
-        errands.show_rows(raw_model, data['train'], *get_rows('train', step), meta, batch_size, device, dtype)
+        errands.show_rows(raw_model, data['train'], *get_rows('train', step)[:2], meta, batch_size, device, dtype)
     torch.manual_seed(batches.torch_seed(seed, step, ranks.rank))  # dropout draws anew, so a resume needs no history
     loss_of_step = 0.0
     for micro_step in range(micro_steps):

@@ -51,9 +51,9 @@ def ours(reader, sampling='random', mask_prob=0.0):
     data = readers.Rows(['one'], [reader], [1.0], mask_prob, 50257)
 
     def get_batch(step):
-        rows, noise = data.draw(ROWS, SEED, step, sampling), data.noise(ROWS, SEED, step, 0)
+        rows, noise, n_targets = data.of_step(ROWS, SEED, step, sampling)
         mine = rows[:ROWS], noise if noise is None else noise[:ROWS]
-        parts = data.count(rows, noise) / data.count(*mine)
+        parts = n_targets / data.count(*mine)
         return *(devices.send(a, DEVICE) for a in data.fetch(*mine)), parts
     return get_batch
 

@@ -503,12 +503,12 @@ def restore_random_states(states):
             torch.cuda.set_rng_state(state, i)
 
 
-def make_room(saved, vocab_size, is_resumed):
+def make_room(saved, vocab_size):
     """Give saved weights more ids, such as the one that hides a token: they begin as the mean of the others."""
     known = saved['model_args']['vocab_size']
     if vocab_size <= known:
         return
-    if is_resumed:
+    if 'optimizer' in saved:
         fail('mask_prob: these weights know no id that hides a token, and their optimizer neither; '
              'begin a new run with them: --init_from=FILE.pt')
     saved['model_args'] = saved['model_args'] | {'vocab_size': vocab_size}

@@ -46,6 +46,10 @@ def first_look(model, raw_model, x, y, documents, meta, device, dtype, from_scra
     print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is '
           + ('x moved on by one token' if c.causal else 'what x hides, at its own place')
           + (f', and -1 where nothing is to be learned: {n_targets:,} targets' if n_targets < y.numel() else ''))
+    if documents is not None:
+        why = 'FlexAttention knows no dropout' if x.is_cuda else f'the choice on {device.type}'
+        print('attention within documents: ' + (
+            'FlexAttention, with a block mask' if x.is_cuda and not c.dropout else f'a dense mask ({why})'))
     try:
         text = tokens.tokenizer(meta['tokenizer'])
         for name, ids in ('x', x[0, :40].tolist()), ('y', y[0][y[0] >= 0][:40].tolist()):

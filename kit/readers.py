@@ -260,6 +260,12 @@ class Rows:
         found = np.concatenate(found)
         return found[np.argsort(self.lengths(found), kind='stable')] if isinstance(self.readers[0], Padded) else found
 
+    @lru_cache(maxsize=2)  # noqa: B019  (this step and the next, whose first rows are fetched before this one is over)
+    def of_step(self, rows, seed, step, sampling, rewinds=0):
+        """All rows of a step, which its micro-steps share: (their numbers, their noise, how many targets they have)."""
+        numbers, noise = self.draw(rows, seed, step, sampling, rewinds), self.noise(rows, seed, step, rewinds)
+        return numbers, noise, self.count(numbers, noise)
+
     def noise(self, rows, *key):
         """What decides which tokens of a step's rows are corrupted; None where none are."""
         return batches.noise(rows, self.block_size, *key) if self.mask_prob else None

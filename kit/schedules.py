@@ -23,7 +23,7 @@ from functools import cache
 
 from kit.diagnosis import without_progress
 from kit.overrides import check as check_rules
-from kit.overrides import fail, nearest
+from kit.overrides import fail, given, nearest
 
 SPIKE = 2.0           # times the usual gradient norm from which on it counts as a spike,
 CALMING = 0.9         # which counts a tenth less with each step that has passed since
@@ -153,6 +153,19 @@ def check(s):
         fail(f'lr_schedule = {s["lr_schedule"]!r}: its first cut is at step {numbers[0][0]}, before the warmup of '
              f'{warmup} steps is over')
     return warmup
+
+
+def steps(s, steps_per_epoch, is_run=True):
+    """The max_iters that max_epochs stand for, printed; without a run that of the settings."""
+    if {'max_iters', 'max_epochs'} <= given:
+        fail('max_iters, max_epochs: one of them says when to end; --max_epochs=0 leaves it to max_iters')
+    if not is_run:
+        return s['max_iters']
+    n = max(1, math.ceil(s['max_epochs'] * steps_per_epoch))
+    print(f'max_iters: {n} ({s["max_epochs"]:g} epochs)')
+    if s['swa_start'] >= n:
+        fail(f'swa_start = {s["swa_start"]}: the run has {n} steps, and the average would never begin')
+    return n
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from kit import checkpoints, errands, gradients, overrides, pretrained, ranks
+from kit import checkpoints, errands, gradients, overrides, pretrained, ranks, tokens
 
 
 def find(settings, config, rules, shape, launch, is_errand):
@@ -63,6 +63,22 @@ def adopt_from(saved, settings, config, rules, shape, launch, fixed):
     if {'max_iters', 'max_minutes'} & overrides.given:
         found.pop('max_epochs', None)  # it would outdo them
     return overrides.adopt(settings, found, config, rules, fixed, launch)
+
+
+def model_args(saved, meta, has_mask, is_causal, **sizes):
+    """
+    What GPTConfig takes for a dataset and these sizes. The weights that a run begins with, if any, must fit both: they
+    are cut to the positions that are used, and get an id that hides a token where they lack one that is needed.
+    """
+    checkpoints.check_fit(saved, sizes['block_size'], meta)
+    if saved and has_mask:
+        checkpoints.make_room(saved, meta['vocab_size'] + 1)
+    if saved:
+        positions = 'transformer.wpe.weight'
+        saved['model'][positions] = saved['model'][positions][:sizes['block_size']]
+    args = saved.get('model_args', {'vocab_size': tokens.padded_vocab_size(meta, has_mask)}) | sizes
+    args.pop('causal', None)
+    return args if is_causal else args | {'causal': False}
 
 
 def position(state, device):

@@ -550,6 +550,15 @@ def test_descriptions_of_one_tokenizer():
     assert not tokens.is_same_tokenizer({'kind': 'byte'}, {'kind': 'char', 'chars': ['a']})
 
 
+def test_micro_steps_share_what_a_step_draws(byte_sets, monkeypatch):
+    monkeypatch.chdir(byte_sets)
+    rows = readers.open({'dataset': 'docs', 'block_size': 16, 'mask_prob': 0.15, 'objective': 'mlm'})[0]['train']
+    numbers, noise, n_targets = rows.of_step(8, 3, 5, 'shuffle', 1)
+    assert np.array_equal(numbers, rows.draw(8, 3, 5, 'shuffle', 1))
+    assert np.array_equal(noise, rows.noise(8, 3, 5, 1)) and n_targets == (rows.fetch(numbers, noise)[1] >= 0).sum()
+    assert rows.of_step(8, 3, 6, 'shuffle', 1)[1] is not noise and rows.of_step(8, 3, 5, 'shuffle', 1)[1] is noise
+
+
 def test_noise_is_not_what_draws_rows():
     noise = batches.noise(4, 1, 1337, 5, 0)[:, 0]
     for number in range(4):
@@ -558,7 +567,8 @@ def test_noise_is_not_what_draws_rows():
 
 
 def test_a_model_of_documents_begins_one(run, byte_sets):
-    assert run('train.py', *TINY, '--dataset=docs', '--batch_mode=packed').status == 0
+    result = run('train.py', *TINY, '--dataset=docs', '--batch_mode=packed')
+    assert result.status == 0 and 'attention within documents: a dense mask (the choice on cpu)\n' in result.out
     own = run('sample.py', '--max_new_tokens=20').out
     asked = run('sample.py', '--max_new_tokens=20', f'--start={tokens.END}').out
     assert own.split('steps\n')[1] == asked.split('steps\n')[1].removeprefix(tokens.END) and own
