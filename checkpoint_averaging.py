@@ -20,19 +20,17 @@ from model import GPT, GPTConfig
 # settings
 
 checkpoint_dir = './checkpoints'  # the folder of a run
-num_checkpoints = 5         # how many: those of the highest training steps
+num_checkpoints = 5         # >= 1: how many, those of the highest training steps
 output_name = 'averaged_model.pt'  # written to the same folder
 pattern = '*.pt'            # which files there come into question
-method = 'uniform'          # uniform, linear (of N the newest counts N times) or greedy (a soup, by val loss)
+method = 'uniform'          # uniform, linear or greedy: all count alike, of N the newest N times, or what helps on val
 search = False              # try several numbers, up to all or to num_checkpoints if given; keep the best by val loss
 evaluate = True             # measure the average, best.pt and the newest on val and test
-batch_size = 16             # rows at a time, when measuring
+batch_size = 16             # >= 1: rows at a time, when measuring
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps: for measuring; the averaging itself runs on the CPU
-dtype = 'auto'              # auto, float32, bfloat16, float16
+dtype = 'auto'              # auto, float32, bfloat16 or float16
 
 overrides.apply(globals(), [
-    'num_checkpoints >= 1', 'batch_size >= 1', 'method in ("uniform", "linear", "greedy")',
-    'dtype in ("auto", "float32", "bfloat16", "float16")',
     'pattern and pattern[0] != "/"  # it is looked for in checkpoint_dir, such as "step_*.pt"',
     'evaluate or not search and method != "greedy"  # these go by the val loss; leave --evaluate=False out',
     'not (search and method == "greedy")  # a greedy soup chooses by itself; leave --search out',

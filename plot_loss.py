@@ -16,13 +16,13 @@ from kit import diagnosis, overrides, pictures, runlogs, schedules
 # ---------------------------------------------------------------------------------------------------------------------
 # settings; the bare words are runs: their folders, or logs
 
-x = 'steps'                 # what the curves run over: steps, tokens, time
+x = 'steps'                 # steps, tokens or time: what the curves run over
 layers = False              # draw the gradient norm by layer too, as a heat map
 schedule = ''               # arguments for train.py: 'config/train_gpt2.py --lr_schedule=wsd'; their rate is drawn
 show = False                # open the pictures in a window
 
 runs = []
-overrides.apply(globals(), ['x in ("steps", "tokens", "time")'], operands=runs)
+overrides.apply(globals(), operands=runs)
 
 is_shown = show and pictures.has_screen()
 if show and not is_shown:

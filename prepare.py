@@ -26,25 +26,17 @@ from kit import corpora, overrides
 dataset = ''                # the name of the folder in data/; a known name can stand alone: prepare.py shakespeare
 input = ''                  # files, folders, globs, with commas between; - = standard input; hf:NAME[:CONFIG[:SPLIT]]
 tokenizer = ''              # char, byte, bpe (learned from the text), gpt2, ..., a dataset that has a bpe; '' = char
-vocab_size = 4096           # ids of bpe: 256 bytes, merges, and the end of text
+vocab_size = 4096           # 258 <= x <= 1_000_000: ids of bpe: 256 bytes, merges, and the end of text
 text_key = 'text'           # the key or column of a row that holds its text
 pairs = False               # the rows are pairs, with the keys prompt and response; a .tsv always is
 split = '90,5,5'            # percent of train, val and test (0 = no test)
-seed = 1337                 # draws the documents of val and test
-errors = 'strict'           # bytes that are no UTF-8: strict names the first, replace puts U+FFFD in their place
-shard_size = 100_000_000    # tokens in a file; more of a split makes train_000000.bin, train_000001.bin, ...
+seed = 1337                 # >= 0: draws the documents of val and test
+errors = 'strict'           # strict or replace: of bytes that are no UTF-8 the first is named, or each becomes U+FFFD
+shard_size = 100_000_000    # >= 1000: tokens in a file; more of a split makes train_000000.bin, train_000001.bin, ...
 overwrite = False           # replace a dataset that is there already
 
-RULES = [
-    'vocab_size >= 258  # 256 bytes, the end of text and at least one merge; hundreds to some tens of thousands',
-    'vocab_size <= 1_000_000',
-    'seed >= 0',
-    'errors in ("strict", "replace")  # strict or replace',
-    'shard_size >= 1000',
-]
-
 names = []
-overrides.apply(globals(), RULES, operands=names)
+overrides.apply(globals(), operands=names)
 if len(names) > 1 or names and dataset:
     overrides.fail(f'{" ".join(names)}: one dataset at a time')
 dataset = dataset or ''.join(names)

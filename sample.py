@@ -21,25 +21,22 @@ from model import GPT, GPTConfig
 init_from = 'resume'        # resume (a checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder
 out_dir = 'checkpoints'     # where the checkpoint is: best.pt, else ckpt.pt
 checkpoint = ''             # or this very file, or several: a.pt,b.pt
-weights = 'auto'            # of a checkpoint's weights: auto (its average where it has one), raw, ema, swa
-start = '\n'                # the prompt, or FILE:prompt.txt; if not given, a model of documents begins a new one
-num_samples = 1             # drawn side by side as one batch; a single one is shown as it is written
-max_new_tokens = 500        # tokens in each, at most
-temperature = 0.8           # below 1 bolder, above 1 wilder, 0 = always the likeliest token
-top_k = 200                 # only the k likeliest tokens, 0 = all
-top_p = 1.0                 # only the likeliest tokens that together reach this probability
+weights = 'auto'            # auto, raw, ema or swa: of a checkpoint's weights; auto = its average where it has one
+start = '\n'                # not empty: at least one character, or FILE:prompt.txt; not given, a document may begin
+num_samples = 1             # >= 1: drawn side by side as one batch; a single one is shown as it is written
+max_new_tokens = 500        # >= 1: tokens in each, at most
+temperature = 0.8           # >= 0: below 1 bolder, above 1 wilder; 0 = always the likeliest token
+top_k = 200                 # >= 0: only the k likeliest tokens; 0 = all
+top_p = 1.0                 # 0 < x <= 1: only the likeliest tokens that together reach this probability
 stop = ''                   # end where this text appears
-seed = 1337                 # another seed, another text
+seed = 1337                 # 0 <= x < 2**63: another seed, another text
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
-dtype = 'auto'              # auto, float32, bfloat16, float16
+dtype = 'auto'              # auto, float32, bfloat16 or float16
 compile = False             # torch.compile: takes half a minute, pays in long texts
 
 config = overrides.apply(globals(), [
     'not checkpoint or init_from == "resume"  # --checkpoint names what to sample from already; leave --init_from out',
     'init_from != "scratch"  # an untrained model has nothing to say; resume takes a checkpoint',
-    'num_samples >= 1', 'max_new_tokens >= 1', 'temperature >= 0', 'top_k >= 0', '0 < top_p <= 1', '0 <= seed < 2**63',
-    'dtype in ("auto", "float32", "bfloat16", "float16")', 'weights in ("auto", "raw", "ema", "swa")',
-    'start  # the prompt is empty: give at least one character, a line break ("\\n") is the default',
 ])
 if start.startswith('FILE:'):
     try:

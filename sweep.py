@@ -34,15 +34,14 @@ from kit.journal import duration
 # settings; the bare word is the sweep file
 
 out_dir = ''                # '' = sweeps/<name of the file>
-jobs = 0                    # runs at a time, 0 = one a GPU, or one on a CPU
+jobs = 0                    # >= 0: runs at a time; 0 = one a GPU, or one on a CPU
 method = ''                 # grid, random, bayes; '' = what the file says
-seeds = 0                   # seeds of each set-up, 0 = what the file says
-max_runs = -1               # set-ups that are tried, -1 = what the file says, 0 = all of a grid
+seeds = 0                   # >= 0: seeds of each set-up; 0 = what the file says
+max_runs = -1               # >= -1: set-ups that are tried; -1 = what the file says, 0 = all of a grid
 wandb = False               # let Weights & Biases choose the set-ups and show the runs (pip install wandb)
 
 words = []
-overrides.apply(globals(), ['jobs >= 0', 'seeds >= 0', 'max_runs >= -1',
-                            'not (wandb and jobs)  # its agent makes one run at a time; leave --jobs out'], words)
+overrides.apply(globals(), ['not (wandb and jobs)  # its agent makes one run at a time; leave --jobs out'], words)
 if len(words) != 1:
     overrides.fail(f'one sweep file is needed, such as config/sweeps/rate_grid.py, and not {len(words)}')
 over_file = {name: value for name, value, unset in

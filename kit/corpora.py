@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit import bins, documents, downloads, ranks, tokens
+from kit import bins, documents, downloads, tokens
 from kit.overrides import HOUSE, fail, nearest, require
 
 SMALL = ('python_docs', 'python_docstrings', 'shakespeare_char', 'shakespeare')  # train.py makes them when missing
@@ -29,24 +29,21 @@ SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
-def find_or_prepare(name):
+def prepare_missing(name):
     """
-    The folder of a dataset. A small known one that is missing is made here, by rank 0 while the others wait, so that
-    nobody's first run ends with "file not found"; for the others the script ends with the command that makes them.
+    Make a dataset that a run needs and that is not there, if it is a small known one, so that nobody's first run ends
+    with "file not found"; for the others the script ends with the command that makes them.
     """
-    folder = tokens.dataset_folder(name)
-    if ranks.is_main and not tokens.exists(folder):
-        if name in LARGE:
-            fail(f'dataset = {name!r} is not there yet, and it is large: python prepare.py {name}')
-        if name not in SMALL:
-            there = [path.name for root in (Path('data'), HOUSE / 'data') for path in root.glob('*/')
-                     if tokens.exists(path)]
-            fail(f'dataset = {name!r}: there is no {folder / "train.bin"}{nearest(name, [*there, *SMALL, *LARGE])}; '
-                 f'python prepare.py --input=FILE --dataset={name} makes it from a text of yours')
-        print(f'preparing the dataset {name}')
-        prepare(name)
-    ranks.wait()
-    return tokens.dataset_folder(name)
+    if name in LARGE:
+        fail(f'dataset = {name!r} is not there yet, and it is large: python prepare.py {name}')
+    if name not in SMALL:
+        there = [path.name for root in (Path('data'), HOUSE / 'data') for path in root.glob('*/')
+                 if tokens.exists(path)]
+        fail(f'dataset = {name!r}: there is no {tokens.dataset_folder(name) / "train.bin"}'
+             f'{nearest(name, [*there, *SMALL, *LARGE])}; python prepare.py --input=FILE --dataset={name} makes it '
+             'from a text of yours')
+    print(f'preparing the dataset {name}')
+    prepare(name)
 
 
 def prepare(name, source='', tokenizer='', overwrite=False, *, vocab_size=4096, text_key='text', pairs=False,

@@ -125,7 +125,7 @@ def peak_flops(device, dtype):
     n = 4096 if device.type == 'cuda' else 1024 if dtype != 'float16' else 128  # a CPU is a hundred times slower in it
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     seconds = []
-    for _ in range(10):  # the best of them: other work on the machine only ever takes away
+    for _ in range(4):  # the best of them: the first warms up, and other work on the machine only ever takes away
         synchronize(device)
         start = time.perf_counter()
         a @ a

@@ -8,28 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit import (
-    averages,
-    checkpoints,
-    devices,
-    evaluation,
-    gradients,
-    overrides,
-    pictures,
-    ranks,
-    readers,
-    runlogs,
-    tokens,
-)
-from kit.diagnosis import FIRST_LOSS_OFF, History
+from kit import checkpoints, devices, diagnosis, evaluation, ranks, readers, signals, tokens
+from kit.due import BAD_STEPS
 from kit.journal import duration
 
 SAMPLE_LENGTH = 100  # tokens of the texts that TensorBoard and W&B show
 EMBEDDINGS = 2000  # as many token vectors as TensorBoard's projector moves about with ease
 ATTENTION_TOKENS = 48  # of the row whose attention is shown
-ROWS_SHOWN, EXCERPT = 8, 160  # of a replayed step: rows, and tokens of a long one
 DECODED = 500  # pairs that a test answers, evenly spaced
-AROUND, LINES_AROUND = 51, 11  # updates that a replayed one is compared with, and iter lines, itself among them
 
 
 def first_look(model, raw_model, x, y, documents, meta, device, dtype, from_scratch):
@@ -68,7 +54,7 @@ def first_look(model, raw_model, x, y, documents, meta, device, dtype, from_scra
     model.zero_grad(set_to_none=True)
     guess = math.log(c.vocab_size)
     print(f'first loss: {first_loss:.4f}; a fair guess among {c.vocab_size:,} ids would have {guess:.4f}')
-    if from_scratch and not abs(first_loss - guess) < FIRST_LOSS_OFF:
+    if from_scratch and not abs(first_loss - guess) < diagnosis.FIRST_LOSS_OFF:
         print('WARNING: a new model should start near a fair guess; look at the initialisation and at the data')
     return min(seconds)
 
@@ -147,43 +133,6 @@ def answer(model, reader, numbers, text, batch_size, device, dtype):
     return [tokens.decode(text, row) for row in ids], [tokens.decode(text, response) for _, response in pairs]
 
 
-def go_back(out_dir, first_bad, model, optimizer, scaler, average):
-    """
-    Put a training back to its last checkpoint from before the step first_bad; bad steps left the weights as they were
-    there, so that step's own would not do. Returns it; {}, and nothing changes, where there is no such one.
-    """
-    path, saved = checkpoints.before(out_dir, first_bad)
-    if not saved:
-        print(f'WARNING: every step since {first_bad} was bad, no checkpoint is from before: other text from here on')
-        return {}
-    step = saved['iter_num']
-    print(f'WARNING: every step since {first_bad} was bad: back to {path}, after {step} steps, with other text')
-    checkpoints.restore(saved, model, optimizer, scaler)
-    averages.restore(average, saved)
-    if ranks.is_main:
-        checkpoints.move_later_aside(out_dir, step)
-    return saved
-
-
-def show_end(why_stop, step, max_iters, budget, out_dir, model):
-    """Why a run ends before its last step. After an early stop the model gets the weights of best.pt again."""
-    path = Path(out_dir) / 'best.pt'
-    if why_stop:
-        print(why_stop)
-        try:
-            if path.exists():
-                checkpoints.fill(model, checkpoints.weights(checkpoints.read(path)))
-                print(f'the weights are those of {path} again')
-            else:
-                print('no state was better than that of step 0, and none was kept as best.pt')
-        except checkpoints.Damaged as error:
-            print(f'WARNING: {error}; the weights stay those of the last step')
-    elif not budget.is_fitted:
-        print(f'max_minutes: the time is up after {step:,} steps, before the speed was measured')
-    elif step < max_iters:
-        print(f'max_minutes: the time is up after {step:,} of {max_iters:,} steps; --init_from=resume makes the others')
-
-
 def show_inside(journal, step, model, data, meta, device, is_last):
     """
     A text of the model's own for TensorBoard and W&B, and now and then, with a hundredth of the time that the run
@@ -202,6 +151,7 @@ def show_inside(journal, step, model, data, meta, device, is_last):
     except (OSError, ValueError):  # the tokenizer had to be downloaded, or knows no line break
         label = str
     if is_last or start > journal.pictures_due:
+        from kit import pictures
         journal.show('image', step, 'Attention', lambda: pictures.attention(
             evaluation.attention(model, ids), [label(i) for i in ids.tolist()]))
         journal.show('image', step, 'Loss_curve', lambda: pictures.loss_curve(journal.history, f'step {step}'))
@@ -215,125 +165,49 @@ def shown(text):
     return repr(text)[1:-1] if text.strip(' ') else repr(text)
 
 
-def find_past(out_dir, step):
+# ---------------------------------------------------------------------------------------------------------------------
+# the end
+
+
+def finish(due, s, model, data, meta, history, device, dtype):
     """
-    Where a replay of a step of the run in out_dir begins: (init_from, path, checkpoint, settings, history), the newest
-    checkpoint up to that step or, where none is whole, where the run began. The settings are those that the step was
-    made with: a checkpoint from after it has them, else the last launch.
+    Say why a run ends and what came of it; returns the exit status. due: the Due of its last step; s: the settings;
+    model: what is evaluated, the average where there is one; data: the Rows of val; history: the History of the run.
     """
-    def look():
-        kept = {checkpoints.peek(path).get('iter_num', -1): path for path in checkpoints.candidates(out_dir)}
-        history = History()
-        runlogs.read_records(out_dir, history)
-        made = max([*kept, *(history.get('loss')[0] + 1)])
-        after = [number for number in kept if number > step]
-        settings = checkpoints.peek(kept[min(after)])['config'] if after else runlogs.read_config(out_dir)['settings']
-        if made < 0 or not settings:
-            overrides.fail(f'{out_dir} holds no run; --out_dir=FOLDER names one')
-        if step >= made:
-            overrides.fail(f'inspect_step = {step}: the run in {out_dir} has made the steps 0 to {made - 1}')
-        return settings, history
-    settings, history = ranks.from_main(look)
-    path, saved = checkpoints.before(out_dir, step + 1)
-    if saved:
-        return 'resume', path, saved, settings, history
-    print(f'no checkpoint from before step {step} is there: all is replayed, from the first')
-    begin = settings.get('init_from')
-    return 'scratch' if begin in (None, 'auto', 'resume') else begin, None, {}, settings, history
+    step, out_dir = due.state.step, s['out_dir']
+    if due.end == BAD_STEPS:
+        print(diagnosis.stopped_by_bad_numbers(step, int(due.state.bad_steps[0]), s['learning_rate'], dtype))
+        return 1
+    if due.end in signals.STOP:
+        show_how_to_go_on(due.end, step, out_dir)
+        return signals.status(due.end)
+    signals.obey()
+    show_why(due, out_dir, model)
+    if ranks.is_main:
+        show_sample(model, data, meta, device, dtype)
+        print('\n'.join(diagnosis.verdict(history)))
+        show_next_commands(out_dir, model.config.causal)
+    return 0 if due.is_saved else 1  # 1: the last state could not be saved
 
 
-def show_rows(model, data, rows, noise, meta, batch_size, device, dtype):
-    """
-    The rows of a step as text: the costliest first, their costliest targets in [[ ]]. data: the Rows of train; rows,
-    noise: what they draw for the step.
-    """
-    x, y, documents = data.fetch(rows, noise)
-    losses = evaluation.token_losses(model, x, y, documents, batch_size, device, dtype)  # (n, T), 0 where none counts
-    means = losses.sum(axis=1) / (y >= 0).sum(axis=1)
-    order = means.argsort()[::-1]
-    shift = 0 if data.is_mlm else 1  # a target stands behind its input, or in its place
-    ids = np.where(y >= 0, y, np.roll(x, -shift, axis=1))
-    ids = np.concatenate([x[:, :shift], ids], axis=1)  # (n, T + shift): the text
-    print(f'the {len(rows)} rows of this step, by their loss before the update (nats a token, without dropout)'
-          + (f'; the first {ROWS_SHOWN}' if len(rows) > ROWS_SHOWN else ''))
-    try:
-        text = tokens.tokenizer(meta['tokenizer'])
-        decode = lambda ids: tokens.decode(text, ids)
-    except OSError:
-        decode = lambda ids: ''.join(f' {i}' for i in ids)
-    for place, i in enumerate(order[:ROWS_SHOWN], 1):
-        own = losses[i, :data.lengths(rows[i:i + 1])[0]]
-        worst = set(own.argsort()[::-1][:min(3, (y[i] >= 0).sum())] + shift)
-        # of a long row the part with the highest loss
-        length = min(EXCERPT, len(own))
-        first = int(np.convolve(own, np.ones(length), 'valid').argmax())
-        piece = ''.join(f'[[{word}]]' if t in worst else word for t in range(first, first + length + shift)
-                        for word in [repr(decode([int(ids[i, t])]))[1:-1]])
-        told = ', '.join(f'{decode([int(ids[i, t])])!r} {losses[i, t - shift]:.2f}' for t in sorted(worst))
-        print(f'{place:3}. loss {means[i]:.4f}, {data.where(rows[i])} of train: {piece}\n     costliest: {told}')
-
-
-def show_step(past, step, figures):
-    """What a replayed step did: each figure beside what the log says, and the median of the steps around it."""
-    print(f'step {step}, replayed:')
-    print(f'  {"":22} {"here":>12} {"logged":>12} {"median around":>14}')
-    for name, value in figures.items():
-        steps, values = past.get(name)
-        near = np.abs(steps - step).argsort(kind='stable')[:AROUND if '/' not in name else LINES_AROUND]
-        others = values[near][steps[near] != step]
-        others = others[np.isfinite(others)]
-        logged = values[steps == step]
-        print(f'  {name:22} {value:12.5g} ' + (f'{logged[0]:12.5g} ' if len(logged) else f'{"-":>12} ')
-              + (f'{np.median(others):14.5g}' if len(others) else f'{"-":>14}'))
-    steps, values = past.get('loss')
-    logged = values[steps == step]
-    if not len(logged):
-        print('the log does not hold the loss of this step')
-    elif logged[0] == figures['loss'] or math.isnan(logged[0]) and not math.isfinite(figures['loss']):
-        print('the loss is the logged one, bit for bit: this is what happened')
-    else:
-        print(f'WARNING: the loss is not the logged one, it differs by {abs(logged[0] - figures["loss"]):.2g}: another '
-              'device, --compile, number of processes or threads, or weights that have changed where the run began')
-
-
-def check_ids(x, y, vocab_size, step, micro_step):
-    """End the script where a batch holds ids that the model does not know. Waits for the device."""
-    for name, ids, lowest in ('x', x, 0), ('y', y, -1):
-        wrong = ((ids < lowest) | (ids >= vocab_size)).nonzero()
-        if len(wrong):
-            row, column = wrong[0].tolist()
-            print(f'debug_nan: step {step}, micro-step {micro_step}: the data: {name}[{row}, {column}] is the id '
-                  f'{ids[row, column]}, and the model knows 0 to {vocab_size - 1}; {len(wrong)} such in {name}')
-            ranks.leave(1)
-
-
-def hunt(model, batches_of_step, step, norms, seed, scaler, device, dtype):
-    """
-    Make a step again that met a bad number, and say where it came up first: forward, loss or backward. norms: of the
-    parameters' gradients as they were, for a number that does not come up again.
-    """
-    at_fault = gradients.at_fault(model, norms)
-    found = []
-    for name, p in model.named_parameters():
-        if bad := gradients.count_bad(p.detach()):
-            found.append(f'the weights: parameter {name} held {bad} before the step')
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(seed)
-    for micro_step, (x, y, documents, parts) in enumerate(batches_of_step):
-        if found:
-            break
-        watch = gradients.Hunt(model)
-        with watch:
-            with devices.autocast(device, dtype):
-                _, loss = model.forward(x, y, documents)  # not what torch.compile made of it
-            scaler.scale(loss / parts).backward()
-        watch.close()
-        if watch.found:
-            found.append(f'micro-step {micro_step}: {watch.found}')
-    for rank, words in enumerate(ranks.from_all(found)):
-        print(f'debug_nan: step {step}{f", rank {rank}" if ranks.world_size > 1 else ""}: '
-              + (words[0] if words else 'made again, its forward and backward pass give no bad number: what comes '
-                                        f'behind them does, or what is compiled. {at_fault}'))
+def show_why(due, out_dir, model):
+    """Why a run ends before its last step. After an early stop the model gets the weights of best.pt again."""
+    path, step = Path(out_dir) / 'best.pt', due.state.step
+    if due.why:
+        print(due.why)
+        try:
+            if path.exists():
+                checkpoints.fill(model, checkpoints.weights(checkpoints.read(path)))
+                print(f'the weights are those of {path} again')
+            else:
+                print('no state was better than that of step 0, and none was kept as best.pt')
+        except checkpoints.Damaged as error:
+            print(f'WARNING: {error}; the weights stay those of the last step')
+    elif not due.is_fitted:
+        print(f'max_minutes: the time is up after {step:,} steps, before the speed was measured')
+    elif step < due.max_iters:
+        print(f'max_minutes: the time is up after {step:,} of {due.max_iters:,} steps; --init_from=resume makes the '
+              'others')
 
 
 def show_how_to_go_on(signal, step, out_dir):

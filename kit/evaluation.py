@@ -54,6 +54,15 @@ def figures(model, rows, split, batch_size, n, device, dtype):
     return {f'{split}/loss': means[0], f'{split}/accuracy': means[1]} | each
 
 
+def line(step, figures, kind=None):
+    """The line that the log has of an evaluation. kind: ema or swa, where it is of the average."""
+    told = (f'step {step}: train loss {figures["train/loss"]:.4f}, val loss {figures["val/loss"]:.4f}, '
+            f'val accuracy {figures["val/accuracy"]:.2%}')
+    if 'raw/val/loss' in figures:
+        told += f', raw val loss {figures["raw/val/loss"]:.4f} (the others are of the {kind})'
+    return told + ''.join(f', {name} {loss:.4f}' for name, loss in figures.items() if name.startswith('val/loss/'))
+
+
 @torch.no_grad()
 def measure(model, rows, batch_size, n, device, dtype):
     """

@@ -1,12 +1,11 @@
 """
 What the gradients look like: their norms by parameter and by layer, how far an update moves the weights, histograms,
-and the hunt for the first bad number. Nothing here waits for the device but what says so.
+and steps whose numbers are not finite. Nothing here waits for the device but what says so.
 """
 
 import math
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from kit.schedules import FEWEST_NORMS
 
@@ -91,55 +90,39 @@ def at_fault(model, norms):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the hunt for the first bad number
+# bad steps
 
 
-class Hunt(TorchFunctionMode):
-    """While it is entered, looks at all that the operations of a model give, forward and backward, for NaN and Inf."""
+class BadSteps:
+    """
+    Steps whose loss or gradient is not finite. They are skipped, and counted in state.bad_steps: in a row up to now,
+    and since the last iter line. Nothing here waits for the device but warn, and what float16 needs.
+    """
 
-    def __init__(self, model):
-        super().__init__()
-        self.found = ''  # words for the first bad number
-        self.inside = []  # the modules that are at work, the innermost last
-        self.readers = {}  # id of a tensor: the place that read it
-        self.kept = []  # all tensors, so that no id comes twice
-        self.hooks = []
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                self.hooks.append(p.register_hook(self.look_back(f'parameter {name}', p)))
-        for name, module in model.named_modules():
-            self.hooks += [module.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name)),
-                           module.register_forward_hook(self.leave)]
+    def __init__(self, state, model, scaler):
+        self.state, self.model, self.scaler = state, model, scaler
+        device = next(model.parameters()).device
+        self.is_bad = torch.zeros((), dtype=torch.bool, device=device)  # whether the newest one was
+        self.norms = torch.zeros(len(list(model.parameters())), device=device)  # of the last bad one's gradients
 
-    def leave(self, *_):
-        self.inside.pop()
+    def note(self, loss, norms, is_good):
+        """
+        Count a step, and let the scale of float16 move. loss: of the step; norms: (n,) of the parameters' gradients;
+        is_good: whether all is finite. While the scale is above 1, a norm that overflows only lowers it, and is no bad
+        step; a bad step is no fault of the scale, which stays.
+        """
+        self.is_bad = ~torch.isfinite(loss) if self.scaler.get_scale() > 1 else ~is_good
+        in_a_row, since_line = self.state.bad_steps
+        self.state.bad_steps = torch.stack([(in_a_row + 1) * self.is_bad, since_line + self.is_bad])
+        self.norms = torch.where(self.is_bad, norms, self.norms)
+        self.scaler.update(self.scaler.get_scale() if self.scaler.is_enabled() and self.is_bad else None)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if self.found or not isinstance(out, torch.Tensor) or not out.is_floating_point():
-            return out
-        place = func.__name__ + (f' in {self.inside[-1] or "the model"}' if self.inside else '')
-        place += ' (the loss)' if out.dim() == 0 else ''
-        self.readers |= {id(tensor): place for tensor in args if isinstance(tensor, torch.Tensor)}
-        self.kept.append(out)
-        with torch._C.DisableTorchFunctionSubclass():
-            if bad := count_bad(out):
-                self.found = f'the forward pass: what {place} gave holds {bad}; all numbers before were finite'
-            elif out.requires_grad:
-                out.register_hook(self.look_back(f'what {place} gave', out))
-        return out
-
-    def look_back(self, place, tensor):
-        def look(gradient):
-            if not self.found and (bad := count_bad(gradient)):
-                reader = self.readers.get(id(tensor))
-                self.found = f'the backward pass: the gradient of {place} holds {bad}' + (
-                    f'; it came back through {reader}' if reader else '')
-        return look
-
-    def close(self):
-        for hook in self.hooks:
-            hook.remove()
+    def warn(self, step):
+        """Say how many there were since the last iter line."""
+        if n := int(self.state.bad_steps[1]):
+            print(f'WARNING: bad numbers: the loss or the gradient of {n} of the steps up to {step} was not finite; '
+                  f'they were skipped. The last of them: {at_fault(self.model, self.norms)}')
+            self.state.bad_steps[1] = 0
 
 
 def count_bad(tensor):

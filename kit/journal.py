@@ -137,15 +137,17 @@ class Journal:
         self.put(self.metrics, json.dumps(record) + '\n')
         self.show('record', step, figures, at)
 
-    def update(self, step, loss, grad_norm, figures):
+    def update(self, step, figures):
         """
-        An update of the weights. loss and grad_norm are 0-dim tensors, which stay on the device until read(); figures:
-        what else is known of it, such as lr.
+        An update of the weights, and its figures; those that are 0-dim tensors stay on the device until read(). Nothing
+        is recorded with log_interval = 0.
         """
-        if self.metrics:
-            self.unread[step] = torch.stack([loss, grad_norm]), figures, time.time()
-            if len(self.unread) == MOST_UNREAD:
-                self.read()
+        if not self.metrics or not self.history.facts['log_interval']:
+            return
+        waiting = {name: value for name, value in figures.items() if isinstance(value, torch.Tensor)}
+        self.unread[step] = list(waiting), torch.stack(list(waiting.values())), figures, time.time()
+        if len(self.unread) == MOST_UNREAD:
+            self.read()
 
     def read(self, figures=None):
         """
@@ -154,16 +156,16 @@ class Journal:
         """
         unread, self.unread = self.unread, {}
         if unread:
-            pairs = torch.stack([pair for pair, _, _ in unread.values()]).tolist()
-            limit = self.history.facts['grad_clip'] or math.inf
-            self.clipped += [norm > known.get('clip_limit', limit)
-                             for (_, norm), (_, known, _) in zip(pairs, unread.values())]
+            numbers = iter(torch.cat([waiting for _, waiting, _, _ in unread.values()]).tolist())
+            limit, more = self.history.facts['grad_clip'] or math.inf, {}
+            found = {step: (known | {name: next(numbers) for name in names}, at)
+                     for step, (names, _, known, at) in unread.items()}
+            self.clipped += [known['grad_norm'] > known.get('clip_limit', limit) for known, _ in found.values()]
             if figures:
-                figures = {'clip_rate': sum(self.clipped) / len(self.clipped)} | figures
+                more = {'clip_rate': sum(self.clipped) / len(self.clipped)} | figures
                 self.clipped = []
-            for (step, (_, known, at)), (loss, norm) in zip(unread.items(), pairs):
-                more = figures if figures and step == max(unread) else {}
-                self.write_record(step, {'loss': loss, 'grad_norm': norm} | known | more, at)
+            for step, (known, at) in found.items():
+                self.write_record(step, known | (more if step == max(found) else {}), at)
             self.start_sinks()
         if figures:
             for line in self.history.news():

@@ -1,7 +1,9 @@
 """
-A script's settings are its module-level names. Config files and --name=value override them:
+A script's settings are its module-level names. What one may be stands at the beginning of its comment, conditions
+between several are given to apply. Config files and --name=value override them:
 
-    config = overrides.apply(globals(), rules=['0 <= dropout < 1'])
+    dropout = 0.0   # 0 <= x < 1: share of activations dropped
+    config = overrides.apply(globals(), rules=['not (dropout and n_embd > 64)  # dropout is for small models'])
 
 $ python train.py config/train_gpt2.py --batch_size=8 --compile=False
 
@@ -13,17 +15,40 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 import sys
 import time
+import tokenize
 import types
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 HOUSE = Path(__file__).resolve().parent.parent  # the folder that holds train.py, config/ and data/
 
 TYPES = int, float, bool, str, type(None)  # of settings
+BOUND, WORD = r'-?\d[\d_]*(\.\d+)?(e-?\d+)?(\*\*\d+)?', r'[\w.-]+'
+NUMBER = re.compile(rf'[<>]=? {BOUND}|{BOUND} <=? x <=? {BOUND}')
+TEXT = re.compile(rf'not empty|{WORD}(, {WORD})* or {WORD}')
+LAUNCH = 'this launch alone'  # so begins the heading of the settings that a resume does not take over
+
+
+class Spec(NamedTuple):
+    text: str     # what a setting may be, as its comment begins: '0 <= x < 1'
+    meaning: str  # what the comment says behind the colon
+
+
+@dataclass(frozen=True)
+class Script:
+    settings: dict  # name: default
+    specs: dict     # name: Spec, of those whose comment begins with what they may be
+    launch: set     # names of those that belong to one launch alone
+    rules: list     # conditions between several of them, as apply takes them
+
 
 given = set()  # names that this command line or one of its config files has set: a resumed run keeps those
+running = Script({}, {}, set(), ())  # the script that has called apply
 
 
 def fail(message):
@@ -52,11 +77,13 @@ def apply(settings, rules=(), operands=None):
     Read sys.argv into the settings of a script.
 
     settings: the script's globals(); its names of type int, float, bool, str or None are the settings. A setting
-              that is None by default is True, False or, while it stays None, chosen by the script.
-    rules:    conditions in Python that must hold, e.g. 'batch_size >= 1'; a trailing # comment tells the mend.
+              that is None by default is True, False or, while it stays None, chosen by the script. Where __file__ has
+              the source, what the comments say that they may be is checked, see read_spec.
+    rules:    conditions between them in Python, e.g. 'test or not checkpoint'; a trailing # comment tells the remedy.
     operands: a list that takes the bare words; without it a bare word is an error.
     Returns the settings as a dict. Arguments count from left to right, the later ones win.
     """
+    global running
     if hasattr(sys.stdout, 'reconfigure'):  # no character may end a run on a console that lacks it; live through pipes
         sys.stdout.reconfigure(errors='replace', line_buffering=True)
     sys.excepthook = tell
@@ -64,39 +91,78 @@ def apply(settings, rules=(), operands=None):
     if {'--help', '-h'} & set(sys.argv[1:]):
         print_help(settings, list(defaults))
         raise SystemExit(0)
+    running = read_script(settings.get('__file__', ''), defaults, rules)
     given.update(read_words(sys.argv[1:], settings, defaults, operands))
     config = {k: settings[k] for k in defaults}
-    check(rules, config)
+    check_settings(running, config)
     return config
 
 
-def read_script(path):
+def read_script(path, settings=None, rules=None):
     """
-    (settings, rules) of another script, {name: default} and the list it gives to apply, as its source has them:
-    nothing of it is run.
+    The Script in a file, as its source has it: nothing of it is run. Its rules are a list there, or that of a module of
+    kit: rules.TRAIN. settings, rules: those of a script that is running.
     """
-    names = {}
-    for node in ast.parse(Path(path).read_text(encoding='utf-8')).body:
-        calls = [n for n in ast.walk(node) if isinstance(n, ast.Call) and getattr(n.func, 'attr', '') == 'apply']
-        if calls:  # what is assigned from here on is no setting
-            rules = ast.unparse(calls[0].args[1]) if len(calls[0].args) > 1 else '[]'
-            return ({name: value for name, value in names.items() if not name.startswith('_') and type(value) in TYPES},
-                    names[rules] if rules in names else ast.literal_eval(rules))
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            try:  # 60 * 1000 is a default too; a call is none
+    nodes, comments, headings, rules_source = read_source(path)
+    if settings is None:
+        names = {}
+        for node in nodes:
+            with suppress(Exception):  # 60 * 1000 is a default too; a call is none
                 names[node.targets[0].id] = eval(ast.unparse(node.value), {'__builtins__': {}}, names)
-            except Exception:
-                continue
-    return {}, []
+        settings = {name: value for name, value in names.items() if not name.startswith('_') and type(value) in TYPES}
+        modules = {name: importlib.import_module(f'kit.{name}') for name in names_in(rules_source) if name not in names}
+        rules = eval(rules_source, {'__builtins__': {}}, names | modules)
+    first = {node.targets[0].id: node.end_lineno for node in reversed(nodes)}  # a script may assign to a name again
+    lines = {name: first[name] for name in settings if name in first}
+    specs = {name: read_spec(comments.get(line, ''), settings[name]) for name, line in lines.items()}
+    above = {name: max((n for n in headings if n < line), default=0) for name, line in lines.items()}
+    launch = {name for name, line in above.items() if headings.get(line, '').startswith(LAUNCH)}
+    return Script(settings, {name: spec for name, spec in specs.items() if spec}, launch, rules)
+
+
+def read_source(path):
+    """
+    What a script's source has down to its call of apply: the nodes of its assignments, {line: comment behind code},
+    {line: comment on a line of its own}, and the rules that the call is given. No file, or no call: nothing.
+    """
+    lines = Path(path).read_bytes().splitlines(keepends=True) if Path(path).is_file() else []
+    comments, headings, code = {}, {}, ''
+    for token in tokenize.tokenize(iter(lines).__next__):
+        if token.type == tokenize.COMMENT:
+            (comments if token.start[1] else headings)[token.start[0]] = token.string.strip('# ')
+        elif token.type in (tokenize.NAME, tokenize.OP):
+            code += token.string
+        elif token.type == tokenize.NEWLINE:
+            if '.apply(' in code:  # what is assigned from here on is no setting
+                break
+            code = ''
+    nodes = ast.parse(b''.join(lines[:token.start[0]])).body
+    calls = [n for node in nodes[-1:] for n in ast.walk(node)
+             if isinstance(n, ast.Call) and getattr(n.func, 'attr', '') == 'apply']
+    if not calls:
+        return [], {}, {}, '()'
+    rules = [*calls[0].args[1:2], *(word.value for word in calls[0].keywords if word.arg == 'rules')]
+    nodes = [node for node in nodes[:-1] if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    return nodes, comments, headings, ast.unparse(rules[0]) if rules else '()'
+
+
+def read_spec(comment, default):
+    """
+    The Spec of a setting: its comment, or what stands before the first colon of it, as '>= 0' or '0 <= x < 1' for a
+    number and 'cut or drop', 'not empty' for a text. None where the comment begins with nothing of the kind.
+    """
+    text, _, meaning = (part.strip() for part in comment.partition(':'))
+    grammar = {int: NUMBER, float: NUMBER, str: TEXT}.get(type(default))
+    return Spec(text, meaning) if grammar and grammar.fullmatch(text) else None
 
 
 def settings_of(path, words):
     """The settings that another script would have, started with these words: train.py with config/x.py --seed=3."""
-    settings, rules = read_script(path)
-    defaults = dict(settings)
+    script = read_script(path)
+    settings = dict(script.settings)
     with redirect_stdout(None):  # nothing is overridden here
-        read_words(words, settings, defaults)
-    check(rules, settings)
+        read_words(words, settings, script.settings)
+    check_settings(script, settings)
     return settings
 
 
@@ -122,25 +188,24 @@ def read_words(words, settings, defaults, operands=None):
     return names
 
 
-def adopt(settings, saved, config, rules, fixed=(), launch=()):
+def adopt(config, saved, fixed=()):
     """
-    Take over the settings of saved weights, but for those given on this command line. fixed: names that these
-    weights cannot do without, where another value is a mistake. launch: names that belong to this launch alone and
-    are not taken over. Returns the new config; every difference is printed.
+    Take over the settings of saved weights, but for those given on this command line and those of this launch alone.
+    config: what apply has returned; saved: {name: value}; fixed: names that these weights cannot do without, where
+    another value is a mistake. Returns the new config; every difference is printed.
     """
+    config = dict(config)
     for name, value in saved.items():
-        if name not in config or name in launch or type(value) is type(config[name]) and value == config[name]:
+        if name not in config or name in running.launch or type(value) is type(config[name]) and value == config[name]:
             continue
         if name not in given or name in fixed and config[name] == 0:  # a size of 0 stands for what there is
-            value = check_type(name, value, config[name], f'{name} of the checkpoint')
-            print(f'From the checkpoint: {name} = {value}')
-            settings[name] = value
+            config[name] = check_type(name, value, config[name], f'{name} of the checkpoint')
+            print(f'From the checkpoint: {name} = {config[name]}')
         elif name in fixed:
             fail(f'{name} = {config[name]}: these weights have {name} = {value}; another architecture is another run')
         else:
             print(f'Not from the checkpoint: {name} = {config[name]} (it has {value})')
-    config = config | {name: settings[name] for name in config if name not in launch}
-    check([rule for rule in rules if given.intersection(names_in(rule))], config)  # the others held when it was saved
+    check_settings(running, config, given)  # the others held when it was saved
     return config
 
 
@@ -150,13 +215,34 @@ def require(package, setting):
         fail(f'{setting} needs the package {package}: pip install {package}')
 
 
+def check_settings(script, config, names=None):
+    """What must hold of the settings of a Script, or of these names: their comments first, then the rules."""
+    for name, spec in script.specs.items():
+        if names is None or name in names:
+            check_spec(name, config[name], spec)
+    check([rule for rule in script.rules if names is None or names.intersection(names_in(rule))], config)
+
+
+def check_spec(name, value, spec):
+    """The value is what the comment of the setting says, else the end."""
+    meaning = f' ({spec.meaning})' if spec.meaning else ''
+    if not isinstance(value, str):
+        condition = spec.text.replace('x', name) if 'x' in spec.text else f'{name} {spec.text}'
+        check([f'{condition}  # it must hold that {condition}{meaning}'], {name: value})
+    elif spec.text == 'not empty':
+        if not value:
+            fail(f"{name} = '': it must not be empty{meaning}")
+    elif value not in (choices := re.split(', | or ', spec.text)):
+        fail(f'{name} = {value!r}: it is one of {", ".join(choices)}{nearest(value, choices)}')
+
+
 def check(rules, config):
     """Each rule is a Python condition on the settings; the first that does not hold ends the script."""
     for rule in rules:
-        condition, _, mend = (part.strip() for part in rule.partition('#'))
+        condition, _, remedy = (part.strip() for part in rule.partition('#'))
         if not eval(condition, {'__builtins__': {}}, config):
             values = ', '.join(f'{name} = {config[name]!r}' for name in names_in(condition))
-            fail(f'{values}: {mend or f"it must hold that {condition}"}')
+            fail(f'{values}: {remedy or f"it must hold that {condition}"}')
 
 
 def names_in(condition):
@@ -263,18 +349,12 @@ def print_help(settings, names):
     print(settings['__doc__'].strip())
     if names:
         print('\nsettings (--name=value, or in a config file):')
-    source = Path(settings['__file__']).read_text(encoding='utf-8')
-    lines = source.splitlines()
-    assignments, missing = {}, set(names)
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in missing:
-            missing.remove(node.targets[0].id)  # further down a script may assign to it again
-            assignments[node.lineno] = node
-    for number in range(min(assignments, default=1) - 1, max(assignments, default=-1) + 1):
-        line = lines[number - 1]
-        if number in assignments:
-            node = assignments[number]
-            comment = line[node.end_col_offset:].strip(' #')
-            print(f'  --{node.targets[0].id + "=" + ast.unparse(node.value):32} {comment}')
-        elif line.startswith('# ') and not line.startswith('# --'):
-            print(f'\n{line[2:]}')
+    nodes, comments, headings, _ = read_source(settings['__file__'])
+    first = {node.targets[0].id: node for node in reversed(nodes)}  # further down a script may assign to it again
+    lines = {first[name].end_lineno: first[name] for name in names if name in first}
+    for number in range(min(lines, default=1) - 1, max(lines, default=-1) + 1):
+        if number in lines:
+            setting = f'{lines[number].targets[0].id}={ast.unparse(lines[number].value)}'
+            print(f'  --{setting:32} {comments.get(number, "")}')
+        elif number in headings and not headings[number].startswith('--'):
+            print(f'\n{headings[number]}')

@@ -80,9 +80,8 @@ def machine():
 
 def commit():
     """The git commit of the scripts, '+' where they were changed since; None where there is no repository."""
-    def git(*words):
-        return subprocess.run(['git', *words], cwd=HOUSE, text=True, capture_output=True, check=True).stdout.strip()
+    words = ['git', 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty=+']
     try:
-        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
+        return subprocess.run(words, cwd=HOUSE, text=True, capture_output=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

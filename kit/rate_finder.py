@@ -1,6 +1,6 @@
 """
-The learning-rate range test (Smith 2015, arXiv:1506.01186): a rate that climbs from step to step, and the loss that it
-meets. What train.py does between the rate and the loss is what it does in training.
+find_lr: the learning-rate range test (Smith 2015, arXiv:1506.01186), a rate that climbs from step to step, and the loss
+that it meets. What train.py does between the rate and the loss is what it does in training.
 
 The rules that were made for convolutional networks and SGD suggest a tenth of what a transformer with AdamW likes:
 their steepest fall is the time when it learns which tokens are frequent. What was measured to be right (docs/log.md) is
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kit import pictures
+from kit import ranks
 from kit.overrides import fail
 
 STEPS = 200  # from start to end; with 100 and 400 the suggested rates differ by less than a third
@@ -50,6 +50,19 @@ class RangeTest:
         mean = self.mean / (1 - MEMORY ** len(self.losses))  # it began at 0
         self.lowest = min(self.lowest, mean)
         return len(self.losses) == self.steps or not mean <= self.lowest + DIVERGED  # a NaN is no number below
+
+
+def run(update, step, bad_steps, start, end, out_dir):
+    """
+    Make steps with rates from start to end, or to where the loss diverges, and report. update: of train.py; step: the
+    first; bad_steps: a gradients.BadSteps, whose loss counts as none.
+    """
+    test, is_over = RangeTest(start, end), False
+    while not is_over:
+        figures, _ = update(step, test.rate())
+        is_over = test.take(math.nan if bad_steps.is_bad else figures['loss'].item())
+        step += 1
+    ranks.from_main(lambda: report(test, out_dir))
 
 
 def smoothed(losses, width):
@@ -93,6 +106,7 @@ def suggestion(test):
 
 def report(test, out_dir):
     """Write lr_finder.csv and lr_finder.png into out_dir, and print what the test says."""
+    from kit import pictures
     rate, words = suggestion(test)
     curve = smoothed(test.losses, WIDTH * test.steps)
     path = Path(out_dir) / 'lr_finder.csv'

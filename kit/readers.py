@@ -3,7 +3,8 @@ A dataset, or a mixture of several, as rows: windows of the text, packed documen
 
     data, meta = readers.open(config)            # {'train': Rows, 'val': Rows, ...}
     rows = data['train'].draw(64, seed, step, 'random')
-    x, y, documents = data['train'].fetch(rows)
+    tokens = data['train'].read(rows)
+    x, y, documents = data['train'].mark(tokens[:, :-1], tokens[:, 1:], rows)
 
 A reader knows one split of one dataset. Its rows have numbers, and each reader offers what Windows does.
 """
@@ -12,7 +13,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from kit import batches, corpora, tokens
+from kit import batches, ranks, tokens
 from kit.overrides import fail
 
 
@@ -38,16 +39,18 @@ class Windows:
         """Rows for an evaluation, the same each time: (numbers, how many targets at the begin of each count not)."""
         return batches.evaluation_windows(len(self.data), self.block_size, rows)
 
-    def fetch(self, rows):
-        """
-        x and y of these rows, (n, T) each: y is x moved on by one token, -1 where nothing is to be learned. And
-        documents (n, T), which differ where attention must not pass, or None.
-        """
+    def read(self, rows):
+        """The tokens of these rows, (n, T + 1): all but the last are x, all but the first are y, see mark."""
         if isinstance(self.data, np.ndarray):
-            windows = self.windows[rows]  # (n, T + 1), copied in one strided gather
-        else:
-            windows = self.data[rows[:, None] + np.arange(self.block_size + 1)]
-        return windows[:, :-1], windows[:, 1:], None
+            return self.windows[rows]  # copied in one strided gather
+        return self.data[rows[:, None] + np.arange(self.block_size + 1)]
+
+    def mark(self, x, y, rows):
+        """
+        What is special in x and y, (n, T) each, of these rows: y is -1 where nothing is to be learned. And documents
+        (n, T), numbers that differ where attention must not pass, or None.
+        """
+        return x, y, None
 
     def lengths(self, rows):
         """How many tokens x has in each row, without padding."""
@@ -120,25 +123,40 @@ class Packed(Listed):
         counts = last - first
         return np.repeat(last - np.cumsum(counts), counts) + np.arange(counts.sum()), counts
 
-    def fetch(self, rows):
-        n, T = len(rows), self.block_size
+    def spans(self, rows):
+        """
+        The pieces of these rows, one after the other: (starts, lengths) in the text. And how many tokens each row has:
+        where these are fewer than block_size, as in the last row of the list, one more piece fills it up.
+        """
         pieces, counts = self.pieces(rows)
-        starts, lengths = self.starts[pieces], self.piece_lengths[pieces]
-        if lacking := T * n - lengths.sum():  # in the last row of the list: pad it with one more piece
-            behind = np.cumsum(counts)
-            sums = np.add.reduceat(lengths, behind - counts)
-            short = np.flatnonzero(sums < T)
-            starts, lengths = np.insert(starts, behind[short], 0), np.insert(lengths, behind[short], T - sums[short])
-        ends = np.cumsum(lengths)
-        places = np.repeat(starts - ends + lengths, lengths) + np.arange(n * T)
-        y = self.data[np.minimum(places, len(self.data) - 1) if lacking else places].astype(np.int64)  # (n * T,)
-        x = np.roll(y, 1)
-        before = self.data[np.maximum(starts - 1, 0)]
-        x[ends - lengths] = np.where(starts > 0, before, self.end_of_text)
-        x, y, documents = x.reshape(n, T), y.reshape(n, T), np.repeat(np.arange(len(starts)), lengths).reshape(n, T)
-        if lacking:
-            y[np.arange(T) >= self.lengths(rows)[:, None]] = -1
-        return x, y, documents if self.is_apart else None
+        starts, lengths, behind = self.starts[pieces], self.piece_lengths[pieces], np.cumsum(counts)
+        sums = np.add.reduceat(lengths, behind - counts)
+        short = np.flatnonzero(sums < self.block_size)
+        if len(short):
+            starts = np.insert(starts, behind[short], 0)
+            lengths = np.insert(lengths, behind[short], self.block_size - sums[short])
+        return starts, lengths, sums
+
+    def before(self, places):
+        """The tokens before these places; before the text an end_of_text, as before every document."""
+        return np.where(places > 0, self.data[np.maximum(places - 1, 0)], self.end_of_text)
+
+    def read(self, rows):
+        starts, lengths, _ = self.spans(rows)
+        n, T = len(rows), self.block_size
+        places = np.repeat(starts + lengths - np.cumsum(lengths), lengths) + np.arange(n * T)
+        tokens = np.empty((n, T + 1), np.int64)
+        tokens[:, 0] = self.before(places[::T])
+        tokens[:, 1:] = self.data[np.minimum(places, len(self.data) - 1)].reshape(n, T)
+        return tokens
+
+    def mark(self, x, y, rows):
+        starts, lengths, sums = self.spans(rows)
+        x = x.copy()
+        x.reshape(-1)[np.cumsum(lengths) - lengths] = self.before(starts)  # not what stands before it in the row
+        if (sums < self.block_size).any():
+            y = np.where(np.arange(self.block_size) < sums[:, None], y, -1)
+        return x, y, np.repeat(np.arange(len(starts)), lengths).reshape(y.shape) if self.is_apart else None
 
     def lengths(self, rows):
         pieces, counts = self.pieces(rows)
@@ -184,12 +202,15 @@ class Padded(Listed):
         numbers, skip = super().evenly(rows)
         return numbers[np.argsort(self.lengths(numbers), kind='stable')], skip
 
-    def fetch(self, rows):
-        begin, target, end = self.begin[rows, None], self.target[rows, None], self.end[rows, None]
+    def read(self, rows):
+        begin, end = self.begin[rows, None], self.end[rows, None]
         places = begin + np.arange((end - begin).max())  # (n, T + 1)
-        ids = self.data[np.minimum(places, end - 1)].astype(np.int64)  # what lies beyond repeats end_of_text
-        y = np.where((places >= target) & (places < end), ids, -1)
-        return ids[:, :-1], y[:, 1:], None
+        return self.data[np.minimum(places, end - 1)].astype(np.int64)  # what lies beyond repeats end_of_text
+
+    def mark(self, x, y, rows):
+        places = self.begin[rows, None] + 1 + np.arange(y.shape[1])  # of the targets
+        counts = (places >= self.target[rows, None]) & (places < self.end[rows, None])
+        return x, np.where(counts, y, -1), None
 
     def lengths(self, rows):
         return self.end[rows] - self.begin[rows] - 1
@@ -270,32 +291,47 @@ class Rows:
         """What decides which tokens of a step's rows are corrupted; None where none are."""
         return batches.noise(rows, self.block_size, *key) if self.mask_prob else None
 
-    def fetch(self, rows, noise=None):
+    def read(self, rows):
+        """The tokens of these rows, (n, T + 1): all but the last are x, all but the first are y, see mark."""
+        if len(self.readers) == 1:
+            return self.readers[0].read(rows)
+        width = int(self.lengths(rows).max()) if isinstance(self.readers[0], Padded) else self.block_size
+        tokens = np.zeros((len(rows), width + 1), np.int64)
+        for here, reader, own in self.split(rows):
+            found = reader.read(own)
+            tokens[here, :found.shape[1]] = found
+        return tokens
+
+    def mark(self, x, y, rows, noise=None):
         """
-        x, y and documents of these rows, see Windows.fetch. noise: (n, block_size), their part of what noise() gave:
-        then tokens of x are corrupted, and with is_mlm y holds the hidden ones, at their own places.
+        What is special in x and y, (n, T) each, of these rows: y is -1 where nothing is to be learned. noise: (n,
+        block_size), their part of what noise() gave: then tokens of x are corrupted, and with is_mlm y holds the hidden
+        ones, at their own places. Returns x, y and documents (n, T), numbers that differ where attention must not pass,
+        or None.
         """
         if len(self.readers) == 1:
-            x, y, documents = self.readers[0].fetch(rows)
+            x, y, documents = self.readers[0].mark(x, y, rows)
         else:
-            x, y, documents = self.fetch_mixed(rows)
+            x, y, documents = self.mark_mixed(x, y, rows)
         if noise is None:
             return x, y, documents
         chosen = batches.is_corrupted(noise[:, :x.shape[1]], self.lengths(rows), self.mask_prob)
         return (batches.corrupt(x, noise[:, :x.shape[1]], chosen, self.mask_prob, self.mask, self.mask),
                 np.where(chosen, x, np.int64(-1)) if self.is_mlm else y, documents)
 
-    def fetch_mixed(self, rows):
-        width = int(self.lengths(rows).max()) if isinstance(self.readers[0], Padded) else self.block_size
-        x, y = np.zeros((len(rows), width), np.int64), np.full((len(rows), width), -1)
-        documents = None
+    def mark_mixed(self, x, y, rows):
+        x, y, documents = x.copy(), y.copy(), None
         for here, reader, own in self.split(rows):
-            x_here, y_here, documents_here = reader.fetch(own)
-            x[here, :x_here.shape[1]], y[here, :x_here.shape[1]] = x_here, y_here
+            x[here], y[here], documents_here = reader.mark(x[here], y[here], own)
             if documents_here is not None:
                 documents = np.zeros_like(x) if documents is None else documents
                 documents[here] = documents_here
         return x, y, documents
+
+    def fetch(self, rows, noise=None):
+        """x, y and documents of these rows, as get_batch of train.py puts them together."""
+        tokens = self.read(rows)
+        return self.mark(tokens[:, :-1], tokens[:, 1:], rows, noise)
 
     def split(self, rows):
         """[(which of the rows, their reader, their numbers there)]"""
@@ -353,7 +389,7 @@ def open(settings):
          'mask_prob': 0.0} | settings
     shares, found = parse(s['dataset']), {}
     for name in shares:
-        folder = corpora.find_or_prepare(name)
+        folder = find(name)
         found[name] = (folder, *tokens.read_dataset(folder, s['block_size'] if s['batch_mode'] == 'windows' else 1))
     first, (_, _, meta) = next(iter(found.items()))
     for name, (_, _, other) in found.items():
@@ -365,6 +401,15 @@ def open(settings):
                                       for name, (folder, splits, meta_here) in found.items()],
                         list(shares.values()), s['mask_prob'], meta['vocab_size'], s['objective'] == 'mlm')
             for split in common}, meta
+
+
+def find(name):
+    """The folder of a dataset. One that is missing is made by rank 0, while the others wait, or it ends the script."""
+    if ranks.is_main and not tokens.exists(tokens.dataset_folder(name)):
+        from kit import corpora  # with all that makes datasets, which a launch seldom needs
+        corpora.prepare_missing(name)
+    ranks.wait()
+    return tokens.dataset_folder(name)
 
 
 def reader(name, folder, split, data, meta, s):

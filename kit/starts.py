@@ -1,68 +1,79 @@
-"""Where a launch of train.py starts from: nothing, a checkpoint, or OpenAI's weights."""
+"""Where a launch of train.py starts from, nothing, a checkpoint, or OpenAI's weights, and where a run goes back to."""
 
 import math
 
-import torch
+from kit import averages, checkpoints, overrides, provenance, ranks, replay, tokens
+from kit.journal import check_wandb
+from kit.run_state import RunState
 
-from kit import checkpoints, errands, gradients, overrides, pretrained, ranks, tokens
 
-
-def find(settings, config, rules, shape, launch, is_errand):
+def find(config, shape, trains):
     """
     What the settings name as the start, with the settings that it brings along taken over.
 
-    settings: a script's globals(); shape: names that weights cannot do without; launch: those of this launch alone;
-    is_errand: nothing will be written.
-    Returns (config, saved, past). saved: {} for nothing; where init_from is resume, or a step is replayed from a
-    checkpoint, the state of a training; else a model alone ('model', 'model_args', 'meta'). past: with inspect_step
-    the History of the run, else None. What init_from and weights stand for is written into the settings.
+    shape: names of settings that weights cannot do without; trains: whether a run will be written.
+    Returns (config, saved, is_resume, past). saved: {} for nothing; with is_resume the state of a training; else a
+    model alone ('model', 'model_args', 'meta'); with `test` {path: checkpoint}. past: with inspect_step the History of
+    the run, else None. In the new config init_from says how the run began, also where this launch goes on with it.
     """
-    out_dir, saved, past = settings['out_dir'], {}, None
-    if not is_errand:  # what is read here must still be true when this run writes
+    config, saved, is_resume, past = find_tested(config, shape) if config['test'] else find_start(config, shape, trains)
+    if config['objective'] == 'mlm' and not config['mask_prob']:
+        config['mask_prob'] = 0.15  # as BERT's
+    return config, saved, is_resume, past
+
+
+def find_start(config, shape, trains):
+    """find, where a run begins or goes on."""
+    out_dir, init_from, weights, saved, past = config['out_dir'], config['init_from'], config['weights'], {}, None
+    if trains:  # what is read here must still be true when this run writes
         ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=False, may_write=False))
-    if settings['inspect_step'] >= 0:  # with the settings that it was made with, from the last state before it
-        settings['init_from'], path, saved, made_with, past = errands.find_past(out_dir, settings['inspect_step'])
-        config = overrides.adopt(settings, made_with, config, rules, shape, launch)
-        settings['weights'] = made_with.get('weights', settings['weights'])
-    if settings['init_from'] == 'auto':
+    if config['inspect_step'] >= 0:  # with the settings that it was made with, from the last state before it
+        init_from, path, saved, made_with, past = replay.find_past(out_dir, config['inspect_step'])
+        config = overrides.adopt(config, made_with, shape)
+        weights = made_with.get('weights', weights)
+    if init_from == 'auto':
         is_there = checkpoints.exist(out_dir)
-        settings['init_from'] = config['init_from'] = 'resume' if is_there else 'scratch'
-        print(f'init_from: {settings["init_from"]} (auto: {out_dir} holds {"a" if is_there else "no"} checkpoint)')
-    init_from = settings['init_from']
-    if init_from == 'resume':
+        init_from = 'resume' if is_there else 'scratch'
+        print(f'init_from: {init_from} (auto: {out_dir} holds {"a" if is_there else "no"} checkpoint)')
+    is_resume = init_from == 'resume'
+    if is_resume:
         if past is None:
             path, saved = checkpoints.newest(out_dir)
         print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
+        init_from = saved.get('config', {}).get('init_from', 'scratch')
     elif init_from.endswith('.pt'):
         found = checkpoints.load(init_from)
         print(f'weights: {init_from}, after {found["iter_num"]} steps')
         saved = {key: found[key] for key in ('model_args', 'meta') if key in found} | {
-            'model': checkpoints.weights(found, settings['weights'])}
+            'model': checkpoints.weights(found, weights)}
     elif init_from != 'scratch':
+        from kit import pretrained
         saved = pretrained.load(init_from)
     if saved and past is None:
-        fixed = [name for name in shape if init_from == 'resume' or name != 'block_size']  # GPT-2's can be cut
-        config = adopt_from(saved, settings, config, rules, shape, launch, fixed)
-    if init_from == 'resume':
-        config['init_from'] = saved.get('config', {}).get('init_from', 'scratch')  # how the run began
-    return config, saved, past
+        fixed = [name for name in shape if is_resume or name != 'block_size']  # GPT-2's can be cut
+        config = adopt_from(saved, config, shape, fixed)
+    if is_resume and config['max_minutes'] and saved.get('fitted_minutes') == config['max_minutes']:
+        config['max_iters'] = saved['config']['max_iters']  # whatever is given here
+    if trains and config['wandb_log']:
+        check_wandb()
+    return config | {'init_from': init_from}, saved, is_resume, past
 
 
-def find_tested(settings, config, rules, shape, launch):
-    """What --test measures: (config, {path: checkpoint}), the dataset and sizes of the first taken over."""
-    paths = [path for path in settings['checkpoint'].split(',') if path] or [str(checkpoints.best(settings['out_dir']))]
+def find_tested(config, shape):
+    """find, where checkpoints are measured: the dataset and sizes of the first are taken over."""
+    paths = [path for path in config['checkpoint'].split(',') if path] or [str(checkpoints.best(config['out_dir']))]
     tested = {path: checkpoints.load(path) for path in paths}
     if len({saved.get('config', {}).get('objective', 'causal') for saved in tested.values()}) > 1:
         overrides.fail('checkpoint: some of these write and others fill masks (objective); test them one by one')
-    return adopt_from(next(iter(tested.values())), settings, config, rules, shape, launch, shape), tested
+    return adopt_from(next(iter(tested.values())), config, shape, shape), tested, False, None
 
 
-def adopt_from(saved, settings, config, rules, shape, launch, fixed):
+def adopt_from(saved, config, shape, fixed):
     """The settings of a checkpoint and the sizes of its model taken over, see overrides.adopt."""
     found = saved.get('config', {}) | {name: saved['model_args'][name] for name in shape}
     if {'max_iters', 'max_minutes'} & overrides.given:
         found.pop('max_epochs', None)  # it would outdo them
-    return overrides.adopt(settings, found, config, rules, fixed, launch)
+    return overrides.adopt(config, found, fixed)
 
 
 def model_args(saved, meta, has_mask, is_causal, **sizes):
@@ -81,10 +92,53 @@ def model_args(saved, meta, has_mask, is_causal, **sizes):
     return args if is_causal else args | {'causal': False}
 
 
-def position(state, device):
+def restore(saved, config, model, optimizer, scaler, average, device):
     """
-    Where a training stands, by its checkpoint, {} for a new one: its step, and the two lists that it is steered by, the
-    val losses of all evaluations at intervals, and the norms of the last gradients (RECENT,), inf where none was yet.
+    The RunState of a training that goes on from a checkpoint, whose weights, moments and average are taken; of a new
+    one where saved is {}. And whether it goes on with another text: then no loss so far is a mark.
     """
-    norms = state.get('recent_norms', [math.inf] * gradients.RECENT)
-    return state.get('iter_num', 0), list(state.get('val_losses', [])), torch.tensor(norms, device=device)
+    state, is_other_text = RunState().to(device), False
+    if saved:
+        state.take(saved)
+        checkpoints.restore(saved, model, optimizer, scaler)
+        averages.restore(average, saved)
+        is_other_text = saved.get('config', {}).get('dataset', config['dataset']) != config['dataset']
+    if is_other_text:
+        state.best_val_loss, state.val_losses = math.inf, []
+    return state, is_other_text
+
+
+def claim(config, model, data, tokens_per_step, warmup_steps, state, is_resume, is_other_text, journal):
+    """Make the folder of a run its own, and write into it from here on. data: the Rows of train."""
+    out_dir = config['out_dir']
+    facts = {'vocab_size': model.config.vocab_size, 'parameters': model.count_params(),
+             'tokens_per_step': tokens_per_step, 'warmup_iters': warmup_steps,
+             'unigram_entropy': data.unigram_entropy()}
+    ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=not is_resume))
+    journal.open(out_dir, config, facts, state.step if is_resume else None)
+    if ranks.is_main:
+        provenance.record(out_dir, config, facts, state.step, journal.places())
+        checkpoints.move_later_aside(out_dir, state.step, best_too=is_other_text)
+
+
+def go_back(out_dir, state, model, optimizer, scaler, average, journal):
+    """
+    Where bad steps do not end: put a training back to its last checkpoint from before the first of them, with other
+    text from there on. Bad steps left the weights as they were there, so that step's own would not do. Where there is
+    no such checkpoint only the text changes.
+    """
+    first_bad = state.step - int(state.bad_steps[0])
+    path, saved = checkpoints.before(out_dir, first_bad)
+    if saved:
+        print(f'WARNING: every step since {first_bad} was bad: back to {path}, after {saved["iter_num"]} steps, with '
+              'other text')
+        checkpoints.restore(saved, model, optimizer, scaler)
+        averages.restore(average, saved)
+        state.take(saved, ['step', 'val_losses', 'recent_norms'])
+        if ranks.is_main:
+            checkpoints.move_later_aside(out_dir, state.step)
+    else:
+        print(f'WARNING: every step since {first_bad} was bad, no checkpoint is from before: other text from here on')
+    state.rewinds += 1
+    state.bad_steps[0] = 0
+    journal.go_back(state.step, state.rewinds)

@@ -120,7 +120,8 @@ def read(word, given, script):
     The Sweep in a file. given: settings that the command line has put over it. script: train.py, whose settings it may
     name. Whatever is wrong with it ends the script; nothing is written here.
     """
-    defaults, rules = overrides.read_script(script)
+    train = overrides.read_script(script)
+    defaults = train.settings
     helpers = {'uniform': uniform, 'log_uniform': log_uniform}
     namespace, assigned = overrides.execute(word, OWN | helpers, 'sweep')
     overrides.check_names(word, namespace, assigned, [*defaults, *OWN])
@@ -169,7 +170,7 @@ def read(word, given, script):
     sweep = Sweep(words, fixed, space, variants, own['method'], list(dict.fromkeys(seeds)), own['max_runs'],
                   own['minimise'], (namespace.get('__doc__') or '').strip(), base | fixed,
                   {name: value for name, value in (base | fixed).items() if value != defaults[name]})
-    check(sweep, word, rules)
+    check(sweep, word, train)
     return sweep
 
 
@@ -187,8 +188,8 @@ def check_range(name, value, default, where):
     return Range(low, high, value.is_log)
 
 
-def check(sweep, word, rules):
-    """What must hold of a sweep as a whole, and of every set-up that is known before it runs."""
+def check(sweep, word, train):
+    """What must hold of a sweep and of every set-up that is known before it runs. train: the Script of train.py."""
     if sweep.method not in METHODS:
         overrides.fail(f'{word}: method = {sweep.method!r}{overrides.nearest(sweep.method, METHODS)}; it is one of '
                        f'{", ".join(METHODS)}')
@@ -213,10 +214,10 @@ def check(sweep, word, rules):
         if settings['init_from'] in ('resume', 'auto'):
             overrides.fail(f'{word}: init_from = {settings["init_from"]}: the runs of a sweep are new ones, which '
                            'begin from scratch or from the weights of another; a half-made one goes on by itself')
-        overrides.check(rules, settings)
+        overrides.check_settings(train, settings)
         schedules.check(settings)
     for seed in sweep.seeds:
-        overrides.check(rules, sweep.base | {'seed': seed})
+        overrides.check_settings(train, sweep.base | {'seed': seed})
 
 
 def points(sweep):

@@ -180,6 +180,12 @@ def pair(zygote, tiny):
     return launch
 
 
+def fetch(reader, rows):
+    """x, y and documents of these rows of one reader."""
+    from kit import readers
+    return readers.Rows(['alone'], [reader], [1.0]).fetch(rows)
+
+
 def losses(result):
     """{step: loss} of the iter lines."""
     return {int(line.split()[1][:-1]): float(line.split()[3][:-1])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import fetch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ def test_windows_lie_inside(n_tokens, block_size, rows, seed, step):
 def test_windows_are_nanogpts():
     data = np.random.default_rng(0).integers(65, size=1000).astype(np.uint16)
     starts = np.array([0, 5, 991, 5])
-    mine = [torch.from_numpy(a.astype(np.int64)) for a in readers.Windows(data, 8).fetch(starts)[:2]]
+    mine = [torch.from_numpy(a.astype(np.int64)) for a in fetch(readers.Windows(data, 8), starts)[:2]]
     x = torch.stack([torch.from_numpy(data[i:i + 8].astype(np.int64)) for i in starts])
     y = torch.stack([torch.from_numpy(data[i + 1:i + 9].astype(np.int64)) for i in starts])
     assert torch.equal(mine[0], x) and torch.equal(mine[1], y)

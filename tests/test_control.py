@@ -4,12 +4,17 @@ import math
 import re
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import losses, records
+from conftest import HOUSE, losses, records
 from test_resume import SEND
 
-from kit import budget, diagnosis, gradients, schedules
+import kit.clock
+from kit import diagnosis, gradients, overrides, schedules
+from kit.clock import Clock
+from kit.due import Due
+from kit.run_state import RunState
 
 STILL = '--learning_rate=1e-9', '--min_lr=0', '--eval_interval=1', '--max_iters=99'  # nothing moves
 
@@ -101,8 +106,8 @@ def test_early_stop_by_the_norm_in_a_run(hooked):
 # a budget in minutes
 
 
-class Clock:
-    """Time that passes when a test says so."""
+class Time:
+    """It passes when a test says so."""
 
     def __init__(self):
         self.now = 1000.0
@@ -113,33 +118,39 @@ class Clock:
     perf_counter = time
 
 
-def run_with(clock, minutes, step_seconds, evaluation=7.0, save=2.0, slower=1.0, first=20, eval_interval=100,
-             save_interval=50):
+def run_with(now, minutes, step_seconds, evaluation=7.0, save=2.0, slower=1.0, first=20, eval_interval=100,
+             save_interval=50, max_iters=1_000_000):
     """train.py's loop in time alone: (steps made, steps that were to be made, seconds taken)."""
-    allowed = budget.Budget(minutes, 0, 30, torch.device('cpu'), False)
-    n, step, start = math.inf, 0, clock.now
+    settings = overrides.settings_of(HOUSE / 'train.py', [
+        f'--max_minutes={minutes}', '--always_save_checkpoint=False', f'--max_iters={max_iters}',
+        f'--eval_interval={eval_interval}', f'--save_interval={save_interval}'])
+    state, clock, start = RunState(), Clock(minutes, torch.device('cpu')), now.now
+    due = Due(settings, state, warmup_steps=30)
+    clock.start(due.is_fitted)
     while True:
-        allowed.took('step', step)
-        is_last = step >= n or allowed.is_over(step)
-        if is_last or eval_interval and step % eval_interval == 0 or allowed.evaluates_at(step):
-            clock.now += evaluation
-            allowed.took('evaluation', step)
-        if step and (is_last or step % save_interval == 0 or allowed.saves_at(step)):
-            clock.now += save
-            allowed.took('save', step)
-        if is_last:
-            return step, n, clock.now - start
-        if step == allowed.fit_at:
-            n = allowed.fit(step, eval_interval, save_interval)
-        clock.now += step_seconds * (first if step < 3 else slower if step > allowed.fit_at else 1)  # the first compile
-        step += 1
+        due.look('', clock.is_up())
+        if due.evaluation:
+            now.now += evaluation
+            due.evaluated(1.0)
+            clock.took('evaluation')
+        if due.save:
+            now.now += save
+            due.saved(True)
+            clock.took('save')
+        if due.end:
+            return state.step, due.max_iters if due.is_fitted else math.inf, now.now - start
+        due.fit(clock)
+        # the first steps compile
+        now.now += step_seconds * (first if state.step < 3 else slower if due.is_fitted else 1)
+        clock.took('step')
+        state.step += 1
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(budget, 'time', clock)
-    monkeypatch.setattr(budget.psutil.Process, 'create_time', lambda self: clock.now)
+    clock = Time()
+    monkeypatch.setattr(kit.clock, 'time', clock)
+    monkeypatch.setattr(psutil.Process, 'create_time', lambda self: clock.now)
     return clock
 
 
@@ -160,9 +171,9 @@ def test_less_time_than_the_warmup_takes(clock):
 
 
 def test_without_a_budget_nothing_ends(clock):
-    allowed = budget.Budget(0, 0, 0, torch.device('cpu'), False)
-    clock.now += 1e9
-    assert not allowed.is_over(5) and allowed.is_fitted and not any(map(allowed.saves_at, range(100)))
+    made, planned, seconds = run_with(clock, minutes=0, step_seconds=1e6, eval_interval=0, save_interval=0,
+                                      max_iters=1000)
+    assert made == planned == 1000 and seconds > 1e9
 
 
 def test_a_budget_is_a_number_of_steps(train, tiny):

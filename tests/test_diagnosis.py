@@ -58,14 +58,13 @@ torch.nn.functional.cross_entropy = planted
 """
 ID_IN_DATA = """
 from kit import batches, readers
-fetch = readers.Windows.fetch
+read = readers.Windows.read
 def planted(self, starts):
-    x, y, documents = fetch(self, starts)
+    tokens = read(self, starts)
     if len(starts) == 8 and (starts == batches.window_starts(len(self.data), 32, 8, 1337, 50, 'random')).all():
-        x = x.copy()
-        x[2, 3] = 60_000
-    return x, y, documents
-readers.Windows.fetch = planted
+        tokens[2, 3] = 60_000
+    return tokens
+readers.Windows.read = planted
 """
 SLOW_DATA = """
 import time

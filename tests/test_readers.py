@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, losses, records, some_text
+from conftest import TINY, fetch, losses, records, some_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,7 +99,7 @@ def test_shards_are_one_array():
     places = rng.integers(100, size=(9, 5))
     assert np.array_equal(shards[places], whole[places]) and shards[99] == whole[99]
     starts = np.arange(84)
-    mine, theirs = (readers.Windows(data, 16).fetch(starts)[:2] for data in (shards, whole))
+    mine, theirs = (fetch(readers.Windows(data, 16), starts)[:2] for data in (shards, whole))
     assert np.array_equal(mine, theirs)
     assert np.array_equal(batches.document_ends(shards, 3, chunk=8), batches.document_ends(whole, 3))
 
@@ -193,7 +193,7 @@ def test_packed_rows_are_what_their_documents_say(block_size):
     docs = documents(100, 0)
     data = np.array(sum(docs, []), np.uint16)
     packed = readers.Packed(data, block_size, EOT, True)
-    x, y, which = packed.fetch(np.arange(packed.n_numbers))
+    x, y, which = fetch(packed, np.arange(packed.n_numbers))
     assert packed.n_documents == 100 and packed.count(np.arange(packed.n_numbers)) == len(data)
     found = []
     for row in range(packed.n_numbers):
@@ -209,7 +209,7 @@ def test_packed_rows_are_what_their_documents_say(block_size):
     assert all(','.join(map(str, [*x, y[-1]])) + ',' in joined for x, y in found)  # y is what follows in the text
     assert sorted(sum((y for _, y in found), [])) == sorted(text)
     assert (y >= 0).sum() == len(data)
-    loose = readers.Packed(data, block_size, EOT, False).fetch(np.arange(packed.n_numbers))
+    loose = fetch(readers.Packed(data, block_size, EOT, False), np.arange(packed.n_numbers))
     assert loose[2] is None and np.array_equal(loose[0], x) and np.array_equal(loose[1], y)
 
 
@@ -259,7 +259,7 @@ def padded(n=50, block_size=64, too_long='cut', seed=0):
 def test_padded_rows_are_as_wide_as_the_longest_and_learn_the_response_alone():
     reader, ids, rows = padded()
     some = np.array([3, 17, 4])
-    x, y, which = reader.fetch(some)
+    x, y, which = fetch(reader, some)
     assert which is None and x.shape == y.shape == (3, max(rows[i][2] - rows[i][0] for i in some) - 1)
     for row, i in enumerate(some):
         start, target, end = rows[i]
@@ -290,7 +290,7 @@ def test_pairs_that_are_too_long(block_size):
     n_long = sum(end - start - 1 > block_size for start, _, end in rows)
     assert 0 < n_long == cut.n_long and rows[cut.longest][2] - rows[cut.longest][0] == max(e - s for s, _, e in rows)
     for i, (start, target, end) in enumerate(rows):
-        x, y, _ = cut.fetch(np.array([i]))
+        x, y, _ = fetch(cut, np.array([i]))
         y = y[y >= 0].tolist()
         assert x.shape[1] <= block_size and y == ids[target:end][:len(y)]
         room = block_size - 1  # what the prompt and its end_of_text need is one place at least
@@ -348,7 +348,7 @@ def test_masking_in_training(run, byte_sets):
     rows = lambda is_mlm: readers.Rows(['docs'], [readers.Windows(data, 16)], [1.0], 0.4, 257, is_mlm)
     data = tokens.read_dataset(byte_sets / 'data/docs')[0]['train']
     noise = batches.noise(8, 16, 0)
-    x, y, _ = readers.Windows(data, 16).fetch(np.arange(8))
+    x, y, _ = fetch(readers.Windows(data, 16), np.arange(8))
     seen, same, _ = rows(False).fetch(np.arange(8), noise)
     assert np.array_equal(same, y) and 0.2 < (seen != x).mean() < 0.6 and (seen == 257).any()
     seen_too, hidden, _ = rows(True).fetch(np.arange(8), noise)

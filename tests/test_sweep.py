@@ -26,31 +26,31 @@ import atexit, json, math, os, signal, sys, time
 from pathlib import Path
 from kit import overrides
 
-out_dir = 'checkpoints'     # as in train.py
-init_from = 'scratch'
-learning_rate = 1e-3
-n_embd = 32
-dropout = 0.0
+learning_rate = 1e-3        # > 0: as in train.py
+n_embd = 32                 # >= 1
+dropout = 0.0               # 0 <= x < 1
 bias = False
-max_iters = 40
-eval_interval = 10
-save_interval = 100
+max_iters = 40              # >= 1
+eval_interval = 10          # >= 0
+save_interval = 100         # >= 0
 tensorboard = True
-device = 'cpu'
-dataset = 'none'
+dataset = 'none'            # not empty
 wandb_project = 'flatgpt'
-seed = 1337
+seed = 1337                 # 0 <= x < 2**63
 lr_schedule = 'cosine'      # what kit/schedules.py looks at
 decay_lr = True
-warmup_iters = 5
-warmup_share = 0.0
-warmup_start_lr = 0.0
-lr_decay_iters = 0
-min_lr = 0.0
-how = 'well'                # how it ends: well, crash, bad, nan, killed, worse, rises, leaves, mistake
-pace = 0.0                  # seconds a step takes
-RULES = ['learning_rate > 0', 'not (dropout and n_embd > 64)  # dropout is for small models']
-config = overrides.apply(globals(), RULES)
+warmup_iters = 5            # >= 0
+warmup_share = 0.0          # 0 <= x < 1
+warmup_start_lr = 0.0       # >= 0
+lr_decay_iters = 0          # >= 0
+min_lr = 0.0                # >= 0
+how = 'well'                # well, crash, bad, nan, killed, worse, rises, leaves or mistake: how it ends
+pace = 0.0                  # >= 0: seconds a step takes
+# this launch alone
+out_dir = 'checkpoints'
+init_from = 'scratch'
+device = 'cpu'
+config = overrides.apply(globals(), ['not (dropout and n_embd > 64)  # dropout is for small models'])
 folder = Path(out_dir)
 step = int((folder / 'ckpt.pt').read_text()) if init_from == 'resume' else 0
 if how == 'mistake':

@@ -14,9 +14,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import HOUSE, TINY, hooked_script, losses, records, some_text, torchrun
+from conftest import HOUSE, TINY, fetch, hooked_script, losses, records, some_text, torchrun
 
-from kit import evaluation, gradients, readers, runlogs
+from kit import evaluation, gradients, nan_hunt, readers, runlogs
 from model import GPT, GPTConfig
 
 
@@ -97,7 +97,7 @@ def test_attention_is_that_of_the_model(model):
 
 def test_token_losses_have_the_mean_that_training_sees(model):
     data = np.random.default_rng(0).integers(27, size=500).astype(np.uint16)
-    x, y, _ = readers.Windows(data, 16).fetch(np.arange(7) * 40)
+    x, y, _ = fetch(readers.Windows(data, 16), np.arange(7) * 40)
     found = evaluation.token_losses(model, x, y, None, 3, torch.device('cpu'), 'float32')
     loss = model(torch.from_numpy(x.astype(np.int64)), torch.from_numpy(y.astype(np.int64)))[1].item()
     assert found.shape == (7, 16) and found.mean() == pytest.approx(loss, rel=1e-5)
@@ -325,7 +325,7 @@ def test_wandb_that_cannot_be_had(hooked, tiny, missing, named):
 
 
 def hunt(model):
-    watch = gradients.Hunt(model)
+    watch = nan_hunt.Watch(model)
     with watch:
         idx = torch.arange(64).view(4, 16) % 27
         model(idx, idx)[1].backward()

@@ -1,0 +1,35 @@
+"""The iter line: what a step was, printed, and recorded with the updates since the last one."""
+
+from kit import devices, gradients, ranks
+from kit.journal import duration, short
+
+
+class IterLine:
+    """
+    journal, clock, due, bad_steps: the Journal, Clock, Due and gradients.BadSteps of the run; tokens_per_step: without
+    padding; flops_per_step: forward and backward.
+    """
+
+    def __init__(self, journal, clock, due, bad_steps, tokens_per_step, flops_per_step, steps_per_epoch, device, dtype):
+        self.journal, self.clock, self.due, self.bad_steps = journal, clock, due, bad_steps
+        self.tokens_per_step, self.flops_per_step, self.steps_per_epoch = (
+            tokens_per_step, flops_per_step, steps_per_epoch)
+        self.device, self.dtype = device, dtype
+
+    def show(self, step, figures, norms, weights):
+        """
+        A step whose figures and norms update() has given; weights: a sample of them from before it. Reading the loss
+        waits for the device, so the steps in between stay unread.
+        """
+        loss, (seconds, data_seconds) = figures['loss'].item(), self.clock.pace()
+        rate, epoch = self.tokens_per_step / seconds, (step + 1) / self.steps_per_epoch
+        mfu = self.flops_per_step / seconds / (devices.peak_flops(self.device, self.dtype) * ranks.world_size)
+        eta = seconds * (self.due.max_iters - step - 1) if self.due.is_fitted else self.clock.left()
+        print(f'iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu:.2%}, lr {figures["lr"]:.1e}, '
+              f'norm {figures["grad_norm"]:.2f}, {short(rate)} tok/s, eta {duration(eta)}, epoch {epoch:.2f}')
+        self.journal.read({
+            'time_ms': seconds * 1000, 'data_ms': data_seconds * 1000, 'tokens_per_second': rate, 'mfu': mfu,
+            'epoch': epoch, 'bad_steps': int(self.bad_steps.state.bad_steps[1]),
+        } | gradients.by_layer(self.bad_steps.model, norms, weights) | devices.usage(self.device))
+        self.bad_steps.warn(step)
+        self.clock.took('step', 0)

@@ -1,0 +1,59 @@
+"""Where a run stands, beside its weights, moments and average: what train.py counts and remembers from step to step."""
+
+import math
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from kit import gradients
+
+NAMES = {'step': 'iter_num'}  # in a checkpoint, as nanoGPT has it; the others are called there as they are here
+
+
+def no_norms():
+    return torch.full((gradients.RECENT,), math.inf)
+
+
+def no_bad_steps():
+    return torch.zeros(2, dtype=torch.int64)
+
+
+@dataclass
+class RunState:
+    """
+    Each field is a key of the checkpoint (a tensor is a list there). A new one is a line here, and a resume has it: the
+    default tells its type, and is what a checkpoint from before it stands for.
+    """
+    step: int = 0                   # updates made so far
+    best_val_loss: float = math.inf
+    val_losses: list = field(default_factory=list)  # of all evaluations at intervals
+    recent_norms: torch.Tensor = field(default_factory=no_norms)  # of the gradients, the newest last; inf: none yet
+    bad_steps: torch.Tensor = field(default_factory=no_bad_steps)  # in a row up to now; since the last iter line
+    rewinds: int = 0                # how often the run went back over bad steps; each time other text comes
+    fitted_minutes: float = 0.0     # the max_minutes that max_iters was fitted to
+
+    loaded_at = -1                  # no key: the step of the checkpoint that was loaded, which is evaluated and saved
+
+    def to(self, device):
+        """The tensors onto a device; returns the state."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            setattr(self, f.name, value.to(device) if isinstance(value, torch.Tensor) else value)
+        return self
+
+    def keys(self):
+        """{key of a checkpoint: plain value}."""
+        values = {NAMES.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
+        return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+
+    def take(self, saved, names=None):
+        """Go on where a checkpoint stands: in all fields, or in the named ones alone."""
+        for name in names or [f.name for f in fields(self)]:
+            key, old = NAMES.get(name, name), getattr(self, name)
+            if key not in saved:
+                continue
+            if isinstance(old, torch.Tensor):
+                setattr(self, name, torch.tensor(saved[key], dtype=old.dtype, device=old.device))
+            else:
+                setattr(self, name, type(old)(saved[key]))
+        self.loaded_at = self.step
