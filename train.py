@@ -128,7 +128,6 @@ device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 compile = None              # torch.compile: True, False, None = where it pays
 backend = 'auto'            # auto, nccl or gloo: between processes
 
-SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size'  # what weights cannot do without
 config = overrides.apply(globals(), rules.TRAIN)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +136,7 @@ config = overrides.apply(globals(), rules.TRAIN)
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
 ranks.start(backend, device)
 trains = not (test or eval_only or dry_run or find_lr or inspect_step >= 0)  # else nothing of a run is written
-config, saved, is_resume, past = starts.find(config, SHAPE, trains)
+config, saved, is_resume, past = starts.find(config, trains)
 globals().update(config | {'device': device})  # the settings, with those that the checkpoint brings
 dtype = devices.choose_dtype(dtype, device)
 micro_steps = ranks.share(gradient_accumulation_steps, 'gradient_accumulation_steps')  # of this process
@@ -167,7 +166,7 @@ def get_batch(split, step, micro_step):
     rows, noise = (a if a is None else a[first:first + batch_size] for a in (rows, noise))
     tokens = data[split].read(rows)  # (batch_size, T + 1)
     x, y = tokens[:, :-1], tokens[:, 1:]  # y is x moved on by one
-    x, y, documents = data[split].mark(x, y, rows, noise)  # of pairs, packed documents and hidden tokens what differs
+    x, y, documents = data[split].mark(x, y, rows, noise)  # what is special in pairs, packed documents, hidden tokens
     parts = n_targets / data[split].count(rows, noise)
     return *(devices.send(a, device) for a in (x, y, documents)), parts / ranks.world_size
 
@@ -295,8 +294,8 @@ if debug_nan:
 if eval_only:
     evaluate()
     ranks.leave()
-X, Y, D, parts = get_batch('train', state.step, 0)
-seconds = errands.first_look(model, raw_model, X, Y, D, meta, device, dtype, dry_run and init_from == 'scratch')
+seconds = errands.first_look(model, raw_model, *get_batch('train', state.step, 0)[:3], meta, device, dtype,
+                             dry_run and init_from == 'scratch')
 if trains or dry_run:
     errands.show_plan(config, state.step, warmup_steps, micro_steps * seconds, steps_per_epoch, data['train'])
 if find_lr:
@@ -332,7 +331,6 @@ def save(names):
 # training: steps are numbered by the updates made so far, so step 0 is the untrained model and max_iters the last
 
 starts.claim(config, raw_model, data['train'], tokens_per_step, warmup_steps, state, is_resume, is_other_text, journal)
-journal.show('model', raw_model, X[:1, :8])
 iter_line = IterLine(journal, clock, due, bad_steps, tokens_per_step, flops_per_step, steps_per_epoch, device, dtype)
 signals.listen()
 clock.start(due.is_fitted)
@@ -342,7 +340,7 @@ while True:
         starts.go_back(out_dir, state, raw_model, optimizer, scaler, average, journal)
     due.look(signals.take(), clock.is_up())
 
-    # evaluate and save; pictures come last, since they draw random numbers and can fail
+    # evaluate and save; pictures come after that, since they draw random numbers
     if due.evaluation:
         figures = evaluate()
         due.evaluated(figures['val/loss'])

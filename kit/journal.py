@@ -263,7 +263,7 @@ class TensorBoard:
             if len(some):
                 self.writer.add_histogram(name, some, step, bins=64)
 
-    def model(self, model, idx):
+    def model(self, model):
         class Logits(torch.nn.Module):  # the tracer does not take the None that comes with them
             def __init__(self):
                 super().__init__()
@@ -271,6 +271,8 @@ class TensorBoard:
 
             def forward(self, idx):
                 return self.gpt.forward(idx)[0]  # not what torch.compile made of it
+        device = next(model.parameters()).device
+        idx = torch.zeros((1, min(8, model.config.block_size)), dtype=torch.int64, device=device)
         with warnings.catch_warnings(action='ignore'), redirect_stdout(io.StringIO()):
             self.writer.add_graph(Logits(), idx)
 
@@ -317,7 +319,7 @@ class WandB:
         columns = ['token', *(f'd{i}' for i in range(vectors.shape[1]))]
         self.run.log({name: self.wandb.Table(columns=columns, data=rows), 'step': step})
 
-    def model(self, model, idx):
+    def model(self, model):
         self.run.watch(model, log='all', log_freq=self.settings['log_interval'] or 1000)
 
     def close(self):

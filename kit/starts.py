@@ -6,30 +6,32 @@ from kit import averages, checkpoints, overrides, provenance, ranks, replay, tok
 from kit.journal import check_wandb
 from kit.run_state import RunState
 
+SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size'  # settings that weights cannot do without
 
-def find(config, shape, trains):
+
+def find(config, trains):
     """
     What the settings name as the start, with the settings that it brings along taken over.
 
-    shape: names of settings that weights cannot do without; trains: whether a run will be written.
-    Returns (config, saved, is_resume, past). saved: {} for nothing; with is_resume the state of a training; else a
-    model alone ('model', 'model_args', 'meta'); with `test` {path: checkpoint}. past: with inspect_step the History of
-    the run, else None. In the new config init_from says how the run began, also where this launch goes on with it.
+    trains: whether a run will be written. Returns (config, saved, is_resume, past). saved: {} for nothing; with
+    is_resume the state of a training; else a model alone ('model', 'model_args', 'meta'); with `test` {path:
+    checkpoint}. past: with inspect_step the History of the run, else None. In the new config init_from says how the run
+    began, also where this launch goes on with it.
     """
-    config, saved, is_resume, past = find_tested(config, shape) if config['test'] else find_start(config, shape, trains)
+    config, saved, is_resume, past = find_tested(config) if config['test'] else find_start(config, trains)
     if config['objective'] == 'mlm' and not config['mask_prob']:
         config['mask_prob'] = 0.15  # as BERT's
     return config, saved, is_resume, past
 
 
-def find_start(config, shape, trains):
+def find_start(config, trains):
     """find, where a run begins or goes on."""
     out_dir, init_from, weights, saved, past = config['out_dir'], config['init_from'], config['weights'], {}, None
     if trains:  # what is read here must still be true when this run writes
         ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=False, may_write=False))
     if config['inspect_step'] >= 0:  # with the settings that it was made with, from the last state before it
         init_from, path, saved, made_with, past = replay.find_past(out_dir, config['inspect_step'])
-        config = overrides.adopt(config, made_with, shape)
+        config = overrides.adopt(config, made_with, SHAPE)
         weights = made_with.get('weights', weights)
     if init_from == 'auto':
         is_there = checkpoints.exist(out_dir)
@@ -50,8 +52,8 @@ def find_start(config, shape, trains):
         from kit import pretrained
         saved = pretrained.load(init_from)
     if saved and past is None:
-        fixed = [name for name in shape if is_resume or name != 'block_size']  # GPT-2's can be cut
-        config = adopt_from(saved, config, shape, fixed)
+        fixed = [name for name in SHAPE if is_resume or name != 'block_size']  # GPT-2's can be cut
+        config = adopt_from(saved, config, fixed)
     if is_resume and config['max_minutes'] and saved.get('fitted_minutes') == config['max_minutes']:
         config['max_iters'] = saved['config']['max_iters']  # whatever is given here
     if trains and config['wandb_log']:
@@ -59,18 +61,18 @@ def find_start(config, shape, trains):
     return config | {'init_from': init_from}, saved, is_resume, past
 
 
-def find_tested(config, shape):
+def find_tested(config):
     """find, where checkpoints are measured: the dataset and sizes of the first are taken over."""
     paths = [path for path in config['checkpoint'].split(',') if path] or [str(checkpoints.best(config['out_dir']))]
     tested = {path: checkpoints.load(path) for path in paths}
     if len({saved.get('config', {}).get('objective', 'causal') for saved in tested.values()}) > 1:
         overrides.fail('checkpoint: some of these write and others fill masks (objective); test them one by one')
-    return adopt_from(next(iter(tested.values())), config, shape, shape), tested, False, None
+    return adopt_from(next(iter(tested.values())), config, SHAPE), tested, False, None
 
 
-def adopt_from(saved, config, shape, fixed):
+def adopt_from(saved, config, fixed):
     """The settings of a checkpoint and the sizes of its model taken over, see overrides.adopt."""
-    found = saved.get('config', {}) | {name: saved['model_args'][name] for name in shape}
+    found = saved.get('config', {}) | {name: saved['model_args'][name] for name in SHAPE}
     if {'max_iters', 'max_minutes'} & overrides.given:
         found.pop('max_epochs', None)  # it would outdo them
     return overrides.adopt(config, found, fixed)
@@ -116,6 +118,7 @@ def claim(config, model, data, tokens_per_step, warmup_steps, state, is_resume, 
              'unigram_entropy': data.unigram_entropy()}
     ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=not is_resume))
     journal.open(out_dir, config, facts, state.step if is_resume else None)
+    journal.show('model', model)
     if ranks.is_main:
         provenance.record(out_dir, config, facts, state.step, journal.places())
         checkpoints.move_later_aside(out_dir, state.step, best_too=is_other_text)
