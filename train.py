@@ -295,7 +295,7 @@ if eval_only:
     evaluate()
     ranks.leave()
 seconds = errands.first_look(model, raw_model, *get_batch('train', state.step, 0)[:3], meta, device, dtype,
-                             dry_run and init_from == 'scratch')
+                             dry_run and init_from == 'scratch' and not is_resume)
 if trains or dry_run:
     errands.show_plan(config, state.step, warmup_steps, micro_steps * seconds, steps_per_epoch, data['train'])
 if find_lr:

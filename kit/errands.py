@@ -146,7 +146,7 @@ def show_inside(journal, step, model, data, meta, device, is_last):
     try:
         text = tokens.tokenizer(meta['tokenizer'])
         label = lambda i: shown(tokens.decode(text, [int(i)]))
-        if model.config.causal:
+        if model.config.causal and step > 0:  # an untrained one has nothing to say
             journal.show('text', step, 'Samples', lambda: write(model, text, meta, SAMPLE_LENGTH, device, 'float32'))
     except (OSError, ValueError):  # the tokenizer had to be downloaded, or knows no line break
         label = str

@@ -4,6 +4,7 @@ TensorBoard and Weights & Biases. Only rank 0 writes. A file or a service that f
 """
 
 import io
+import itertools
 import json
 import math
 import sys
@@ -354,7 +355,8 @@ def tag(name):
 def new_run_folder(name):
     """runs/<name>-<timestamp>, and .1, .2, ... behind it where two runs begin in the same second."""
     folder = Path('runs') / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'
-    return next(path for path in (folder, *(Path(f'{folder}.{i}') for i in range(1, 10_000))) if not path.exists())
+    names = itertools.chain([folder], (f'{folder}.{i}' for i in itertools.count(1)))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
 def end_last_line(path):

@@ -133,7 +133,8 @@ def bytes_per_token(meta, ids):
 def unigram_entropy(ids):
     """Nats a token, of at most a million of ids: the loss of who knows how frequent each token is, and nothing else."""
     pieces = [ids[i:i + 4096] for i in range(0, len(ids), max(1, len(ids) // 2**20) * 4096)]
-    shares = np.unique(np.concatenate(pieces), return_counts=True)[1] / sum(map(len, pieces))
+    counts = np.bincount(np.concatenate(pieces))
+    shares = counts[counts > 0] / sum(map(len, pieces))
     return float(-(shares * np.log(shares)).sum())
 
 
