@@ -23,7 +23,7 @@ checkpoint_dir = './checkpoints'  # the folder of a run
 num_checkpoints = 5         # >= 1: how many, those of the highest training steps
 output_name = 'averaged_model.pt'  # written to the same folder
 pattern = '*.pt'            # which files there come into question
-method = 'uniform'          # uniform, linear or greedy: all count alike, of N the newest N times, or what helps on val
+method = 'uniform'          # uniform, linear or greedy: equal weights, of N the newest N times, or a soup by val loss
 search = False              # try several numbers, up to all or to num_checkpoints if given; keep the best by val loss
 evaluate = True             # measure the average, best.pt and the newest on val and test
 batch_size = 16             # >= 1: rows at a time, when measuring

@@ -31,7 +31,7 @@ text_key = 'text'           # the key or column of a row that holds its text
 pairs = False               # the rows are pairs, with the keys prompt and response; a .tsv always is
 split = '90,5,5'            # percent of train, val and test (0 = no test)
 seed = 1337                 # >= 0: draws the documents of val and test
-errors = 'strict'           # strict or replace: of bytes that are no UTF-8 the first is named, or each becomes U+FFFD
+errors = 'strict'           # strict or replace: bytes that are no UTF-8 end it, the first named, or become U+FFFD
 shard_size = 100_000_000    # >= 1000: tokens in a file; more of a split makes train_000000.bin, train_000001.bin, ...
 overwrite = False           # replace a dataset that is there already
 

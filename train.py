@@ -28,7 +28,6 @@ from kit import (
     nan_hunt,
     optimizers,
     overrides,
-    provenance,
     ranks,
     rate_finder,
     readers,
@@ -67,7 +66,7 @@ wandb_run_name = ''         # '' = the name of out_dir
 dataset = 'python_docs'     # not empty: a folder in data/, see prepare.py; or several in fixed shares: a:0.7,b:0.3
 batch_mode = 'windows'      # windows, packed or padded: rows of text, of whole documents, of pairs (loss on responses)
 document_attention = True   # packed: no token looks into another document, and positions begin anew in each
-too_long = 'cut'            # cut or drop: padded, of pairs longer than block_size cut the prompt from the left, or drop
+too_long = 'cut'            # cut or drop: padded pairs beyond block_size lose the begin of the prompt, or are left out
 sampling = 'random'         # random, shuffle or sequential: random rows, each once an epoch, or one after the other
 mask_prob = 0.0             # 0 <= x < 1: share of the input tokens that are hidden or replaced; 0 = none, in mlm 0.15
 objective = 'causal'        # causal or mlm: each token from those before it, or hidden ones from both sides, as BERT
@@ -136,7 +135,7 @@ config = overrides.apply(globals(), rules.TRAIN)
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
 ranks.start(backend, device)
 trains = not (test or eval_only or dry_run or find_lr or inspect_step >= 0)  # else nothing of a run is written
-config, saved, is_resume, past = starts.find(config, trains)
+config, saved, is_resume, past = starts.find(config, trains)  # past: the log of a run whose step is replayed
 globals().update(config | {'device': device})  # the settings, with those that the checkpoint brings
 dtype = devices.choose_dtype(dtype, device)
 micro_steps = ranks.share(gradient_accumulation_steps, 'gradient_accumulation_steps')  # of this process
@@ -154,21 +153,23 @@ warmup_steps = schedules.check(config)
 clock = Clock(max_minutes, device)
 
 
-@clock.data
+@clock.data  # its time is data_ms
 def get_batch(split, step, micro_step):
     """
-    One micro-step of this process. x, y and documents, each (batch_size, T): y is what should come after x, or -1 where
-    none counts; documents is None where attention may look at the whole row. And how many parts of its size, by the
-    number of targets, the step of all processes has.
+    One micro-step of this process: x, y and documents, each (batch_size, T). y is what should come after x, -1 where
+    nothing is to be learned; documents is None where attention may look at the whole row. And parts, by which its mean
+    loss is divided so that each target of the step counts the same: the targets of the step / those here / processes.
     """
-    rows, noise, n_targets = data[split].of_step(rows_per_step, seed, step, sampling, state.rewinds)  # of all processes
+    # all rows of the step, of which this is a slice; rewinds: how often the run went back, each time other text comes
+    rows, noise, n_targets = data[split].of_step(rows_per_step, seed, step, sampling, state.rewinds)
     first = (micro_step * ranks.world_size + ranks.rank) * batch_size
-    rows, noise = (a if a is None else a[first:first + batch_size] for a in (rows, noise))
+    mine = slice(first, first + batch_size)
+    rows, noise = rows[mine], noise if noise is None else noise[mine]
     tokens = data[split].read(rows)  # (batch_size, T + 1)
     x, y = tokens[:, :-1], tokens[:, 1:]  # y is x moved on by one
     x, y, documents = data[split].mark(x, y, rows, noise)  # what is special in pairs, packed documents, hidden tokens
-    parts = n_targets / data[split].count(rows, noise)
-    return *(devices.send(a, device) for a in (x, y, documents)), parts / ranks.world_size
+    parts = n_targets / data[split].count(rows, noise) / ranks.world_size
+    return *(devices.send(a, device) for a in (x, y, documents)), parts
 
 
 if test:
@@ -183,19 +184,17 @@ model_args = starts.model_args(
     n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 batches.seed_all(seed)
 raw_model = GPT(GPTConfig(**model_args))
-if saved:
-    checkpoints.fill(raw_model, saved['model'])
 raw_model.to(device)
 average = averages.running(raw_model, ema_decay, swa_start)
 optimizer = optimizers.adamw(raw_model, weight_decay, learning_rate, (beta1, beta2))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16' and scale_loss)
-state, is_other_text = starts.restore(saved if is_resume else {}, config, raw_model, optimizer, scaler, average, device)
+state, is_other_text = starts.restore(saved, is_resume, config, raw_model, optimizer, scaler, average, device)
 bad_steps = gradients.BadSteps(state, raw_model, scaler)
 due = Due(config, state, warmup_steps)
 saved = None  # its memory is free again
 
-flops_per_step = raw_model.flops_per_token() * tokens_per_step
-if devices.choose_compile(compile, device, flops_per_step * (rate_finder.STEPS if find_lr else max_iters)):
+n_tokens = tokens_per_step * (rate_finder.STEPS if find_lr else max_iters)  # of the whole run
+if devices.choose_compile(compile, device, raw_model.flops_per_token() * n_tokens):
     raw_model.compile()
     if average:
         average.module.compile()
@@ -207,8 +206,8 @@ model = ranks.wrap(raw_model, device)
 
 def get_lr(step):
     if step < warmup_steps:
-        first = not warmup_start_lr  # nanoGPT's step 0 is one stride above a rate of 0
-        return warmup_start_lr + (learning_rate - warmup_start_lr) * (step + first) / (warmup_steps + first)
+        offset = 0 if warmup_start_lr else 1  # nanoGPT's step 0 is one stride above a rate of 0
+        return warmup_start_lr + (learning_rate - warmup_start_lr) * (step + offset) / (warmup_steps + offset)
     if not due.is_fitted:
         return learning_rate  # how far it is to the end is not known yet
     if not decay_lr or lr_schedule != 'cosine':
@@ -219,7 +218,7 @@ def get_lr(step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# evaluation: the same windows every time, shared out over the processes; no random number is drawn
+# evaluations: the same windows every time, shared out over the processes; checkpoints: written whole or not at all
 
 
 def evaluate():
@@ -235,6 +234,22 @@ def evaluate():
     return figures
 
 
+def save(names):
+    """Write all that a resume needs, under these names. Returns whether that went well."""
+    if not ranks.is_main:
+        return True
+    print(f'saving checkpoint to {out_dir} ({", ".join(names)})')
+    is_saved = checkpoints.save({
+        'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+        **averages.state(average), **state.keys(), 'model_args': model_args, 'config': config, 'meta': meta,
+        'epoch': state.step / steps_per_epoch, 'random_states': checkpoints.random_states(),
+        'versions': checkpoints.versions(),
+    }, out_dir, names, stop_on_error=save_errors == 'stop')
+    if is_saved:
+        checkpoints.prune(out_dir, keep_last)
+    return is_saved
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a step: all that makes the weights after it out of those before it; a function of them, of its number and its rate
 
@@ -242,8 +257,8 @@ def evaluate():
 def update(step, lr):
     """
     The mean gradient of all rows of a step, a micro-step at a time, clipped, and the optimizer's step with it; nothing
-    moves where a number is not finite. Returns the figures of the step, among them the rate that was used, and the
-    (n,) norms of the parameters' gradients; all of it is still on the device.
+    moves where a number is not finite. Returns the figures of the step (loss and grad_norm stay on the device; lr is
+    the rate that was used) and the (n,) norms of the parameters' gradients.
     """
     optimizer.zero_grad(set_to_none=True)
     torch.manual_seed(batches.torch_seed(seed, step, ranks.rank))  # dropout draws anew, so a resume needs no history
@@ -269,24 +284,27 @@ def update(step, lr):
     torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), limit, grad_norm)
     if grad_clip_value:
         torch.nn.utils.clip_grad_value_(raw_model.parameters(), grad_clip_value)
-    figures = {'loss': loss_of_step, 'grad_norm': grad_norm, 'lr': lr}
-    if lr_by_norm:
-        figures['lr_factor'] = schedules.damping(state.recent_norms.tolist(), limit)
-        figures['lr'] = figures['lr_factor'] * lr
-    if grad_clip_quantile:
-        figures['clip_limit'] = limit
+    factor = schedules.damping(state.recent_norms.tolist(), limit) if lr_by_norm else 1.0
+    lr = factor * lr
 
     for group in optimizer.param_groups:
-        group['lr'] = figures['lr']
+        group['lr'] = lr
     optimizers.step(optimizer, is_good)
     if average and step >= swa_start and is_good:
         average.update_parameters(raw_model)
-    bad_steps.note(loss_of_step, norms, is_good)
+    bad_steps.note(loss_of_step, norms, is_good)  # counted; the scale of float16 moves here too
+
+    figures = {'loss': loss_of_step, 'grad_norm': grad_norm, 'lr': lr}
+    if lr_by_norm:
+        figures['lr_factor'] = factor
+    if grad_clip_quantile:
+        figures['clip_limit'] = limit
     return figures, norms
 
 
-if debug_nan:
-    get_batch, update = nan_hunt.watched(get_batch, update, bad_steps, micro_steps, seed, journal, device, dtype)
+if debug_nan:  # update calls the new get_batch, by its name
+    get_batch, update = nan_hunt.watched(get_batch, update, raw_model, bad_steps, scaler, micro_steps, seed, journal,
+                                         device, dtype)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what does not train: an evaluation, a look, the learning-rate finder, a step of an earlier run once more
@@ -298,64 +316,46 @@ seconds = errands.first_look(model, raw_model, *get_batch('train', state.step, 0
                              dry_run and init_from == 'scratch' and not is_resume)
 if trains or dry_run:
     errands.show_plan(config, state.step, warmup_steps, micro_steps * seconds, steps_per_epoch, data['train'])
+if find_lr or inspect_step >= 0 and past.get('lr', 1)[0].size:
+    lr_by_norm = False  # these rates are used as they are
 if find_lr:
-    lr_by_norm = False
     rate_finder.run(update, state.step, bad_steps, find_lr_start, find_lr_end, out_dir)
 if inspect_step >= 0:
-    lr_by_norm = False  # the rates of the log have given way already
     replay.run(update, get_lr, config, state, past, raw_model, data['train'], meta, device, dtype)
 if not trains:
     ranks.leave()
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a checkpoint: written whole or not at all, the ones before it are untouched
-
-
-def save(names):
-    """Write all that a resume needs, under these names. Returns whether that went well."""
-    if not ranks.is_main:
-        return True
-    print(f'saving checkpoint to {out_dir} ({", ".join(names)})')
-    is_saved = checkpoints.save({
-        'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-        **averages.state(average), **state.keys(), 'model_args': model_args, 'config': config, 'meta': meta,
-        'epoch': state.step / steps_per_epoch, 'random_states': checkpoints.random_states(),
-        'versions': provenance.versions(),
-    }, out_dir, names, stop_on_error=save_errors == 'stop')
-    if is_saved:
-        checkpoints.prune(out_dir, keep_last)
-    return is_saved
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # training: steps are numbered by the updates made so far, so step 0 is the untrained model and max_iters the last
 
-starts.claim(config, raw_model, data['train'], tokens_per_step, warmup_steps, state, is_resume, is_other_text, journal)
-iter_line = IterLine(journal, clock, due, bad_steps, tokens_per_step, flops_per_step, steps_per_epoch, device, dtype)
+starts.begin(config, raw_model, data['train'], tokens_per_step, warmup_steps, state, is_resume, is_other_text, journal)
+iter_line = IterLine(raw_model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, device, dtype)
 signals.listen()
 clock.start(due.is_fitted)
 while True:
     # bad steps are skipped; where they do not end, go back to before them, with other text from there on
     if due.going_back:
         starts.go_back(out_dir, state, raw_model, optimizer, scaler, average, journal)
-    due.look(signals.take(), clock.is_up())
+    due.look(clock.is_up())
 
-    # evaluate and save; pictures come after that, since they draw random numbers
+    # evaluate and save; pictures come last: they draw random numbers, and a checkpoint holds the generators' states
     if due.evaluation:
         figures = evaluate()
         due.evaluated(figures['val/loss'])
         journal.record(state.step, figures)
         clock.took('evaluation')
+    due.hear(signals.take())
     if due.save:
-        due.saved(save(due.names))
+        is_saved = save(due.names)
+        due.saved(is_saved)
         clock.took('save')
     if due.evaluation:
         errands.show_inside(journal, state.step, averages.smoothed(raw_model, average), data['val'], meta, device,
                             due.is_last)
-        clock.took('evaluation', 0)
+        clock.took('evaluation', n=0)
     if due.end:
         break
-    max_iters = config['max_iters'] = due.fit(clock)  # with max_minutes it is known from the end of the warmup on
+    max_iters = config['max_iters'] = due.fit(clock)  # with max_minutes another, from the end of the warmup on
 
     # one step
     weights_before = gradients.sample(raw_model) if due.line else None
@@ -368,7 +368,7 @@ while True:
         iter_line.show(state.step, figures, norms, weights_before)
     if due.evaluation:
         journal.show('histograms', state.step, lambda: gradients.values(raw_model))
-        clock.took('step', 0)
+        clock.took('step', n=0)
     state.step += 1
 
 # ---------------------------------------------------------------------------------------------------------------------

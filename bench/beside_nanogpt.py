@@ -8,6 +8,7 @@ Both train the model of config/train_shakespeare_char_cpu.py, evaluate it first 
 step, and take turns: A B A B. Needs data/shakespeare_char (python prepare.py shakespeare_char).
 """
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -47,6 +48,7 @@ def measure(folder, out_dir):
     sys.exit(f'{folder}: it ended before step {steps}; run its train.py by hand to see why')
 
 
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # no launch but the first compiles what it imports
 sides = {'flatGPT': HOUSE, 'nanoGPT': Path(nanogpt)}
 for name in 'train.bin', 'val.bin', 'meta.pkl':
     shutil.copy(tokens.dataset_folder('shakespeare_char') / name, Path(nanogpt) / 'data/shakespeare_char')

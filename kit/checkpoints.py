@@ -9,6 +9,7 @@ import errno
 import math
 import os
 import pickle
+import platform
 import random
 import shutil
 import sys
@@ -501,6 +502,11 @@ def restore_random_states(states):
         torch.set_rng_state(states['torch'])
         for i, state in enumerate(states['cuda'][:torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, i)
+
+
+def versions():
+    return {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__,
+            'cuda': torch.version.cuda}
 
 
 def make_room(saved, vocab_size):

@@ -1,7 +1,9 @@
 """
 What is due at a step, and why a run ends: intervals, minutes, early stop, signals, bad steps. Decided from the
-settings, the state of the run and what the training loop hands in; it knows no model, no file and no process.
+settings, the state of the run and what the training loop hands in; it knows no model, no file and no other process.
 """
+
+import math
 
 from kit import diagnosis, signals
 from kit.clock import FIRST_STEPS
@@ -12,9 +14,10 @@ BAD_STEPS, LAST_STEP = 'bad steps', 'last step'  # why a run ends; or the name o
 
 class Due:
     """
-    due.look(...) once a step; due.evaluated(...) where there was an evaluation, due.saved(...) where there was a save.
-    In between these say what is due: evaluation, save, names (of the checkpoint), line (of the log), and end: '' while
-    the run goes on. Of the run: max_iters, why (an early stop ended it), is_saved (the last state is on the disk).
+    In each step look(...), evaluated(...) if there was an evaluation, hear(...), and saved(...) if there was a save. In
+    between these say what is due: going_back, evaluation, save, names (of the checkpoint), line (of the log), and end:
+    '' while the run goes on. Of the run: max_iters, why (an early stop ended it), is_saved (its last state is on the
+    disk).
 
     s: the settings of train.py; state: the RunState, whose losses are kept here; warmup_steps: of the schedule.
 
@@ -27,7 +30,7 @@ class Due:
         self.s, self.state, self.first, self.max_iters = s, state, state.step, s['max_iters']
         if not self.is_fitted:
             state.fitted_minutes = 0.0  # other minutes measure anew
-        self.fit_at = -2 if self.is_fitted else max(warmup_steps, self.first + FIRST_STEPS + FEWEST_STEPS)
+        self.fit_at = math.inf if self.is_fitted else max(warmup_steps, self.first + FIRST_STEPS + FEWEST_STEPS)
         self.why, self.is_saved = '', True
 
     @property
@@ -46,10 +49,10 @@ class Due:
         """Whether the run goes back to before its bad steps, as it does once; the second time ends it."""
         return self.is_stuck and not self.state.rewinds
 
-    def look(self, signal, is_time_up):
-        """What is due before the next update. signal: one of signals.WORDS; both are the same on all ranks."""
+    def look(self, is_time_up):
+        """What is due before the next update. is_time_up: whether max_minutes are over; the same on all ranks."""
         s, step = self.s, self.state.step
-        self.signal, self.is_given_up = signal, self.is_stuck
+        self.signal, self.is_given_up = '', self.is_stuck
         self.best_before, self.is_best = self.state.best_val_loss, False
         self.is_new = step > self.state.loaded_at
         self.is_eval_step = s['eval_interval'] > 0 and step % s['eval_interval'] == 0
@@ -58,7 +61,6 @@ class Due:
         is_measured = s['max_minutes'] > 0 and step in (self.first, self.fit_at)  # what an evaluation takes
         self.evaluation = not self.is_given_up and (
             self.is_last or self.is_new and self.is_eval_step or is_measured)
-        self.line = s['log_interval'] > 0 and (step % s['log_interval'] == 0 or step + 1 == self.max_iters)
         if not self.evaluation:
             self.stop_early()
 
@@ -78,6 +80,10 @@ class Due:
                 self.state.recent_norms.tolist() if self.s['early_stop_norm'] else [])
             self.is_last = self.why != ''
 
+    def hear(self, signal):
+        """A signal that has come, one of signals.WORDS, the same on all ranks; also during the evaluation."""
+        self.signal = signal
+
     @property
     def save(self):
         """Whether to save what is new: best, due, last, or asked for by a signal; with max_minutes what a save takes,
@@ -92,6 +98,12 @@ class Due:
         """Of the checkpoint; what a resume takes comes last."""
         return ([f'step_{self.state.step:07d}.pt'] if self.is_save_step else []) + (
             ['best.pt'] if self.is_best else []) + ['ckpt.pt']
+
+    @property
+    def line(self):
+        """Whether the update has an iter line."""
+        step, interval = self.state.step, self.s['log_interval']
+        return interval > 0 and (step % interval == 0 or step + 1 == self.max_iters)
 
     def saved(self, is_saved):
         """Whether the save went well. What could not be kept may be beaten by less."""

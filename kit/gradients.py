@@ -117,9 +117,14 @@ class BadSteps:
         self.norms = torch.where(self.is_bad, norms, self.norms)
         self.scaler.update(self.scaler.get_scale() if self.scaler.is_enabled() and self.is_bad else None)
 
+    @property
+    def since_line(self):
+        """How many since the last iter line."""
+        return int(self.state.bad_steps[1])
+
     def warn(self, step):
         """Say how many there were since the last iter line."""
-        if n := int(self.state.bad_steps[1]):
+        if n := self.since_line:
             print(f'WARNING: bad numbers: the loss or the gradient of {n} of the steps up to {step} was not finite; '
                   f'they were skipped. The last of them: {at_fault(self.model, self.norms)}')
             self.state.bad_steps[1] = 0

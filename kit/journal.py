@@ -146,7 +146,8 @@ class Journal:
         if not self.metrics or not self.history.facts['log_interval']:
             return
         waiting = {name: value for name, value in figures.items() if isinstance(value, torch.Tensor)}
-        self.unread[step] = list(waiting), torch.stack(list(waiting.values())), figures, time.time()
+        known = figures | dict.fromkeys(waiting)  # in their order
+        self.unread[step] = list(waiting), torch.stack(list(waiting.values())), known, time.time()
         if len(self.unread) == MOST_UNREAD:
             self.read()
 

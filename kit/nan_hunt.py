@@ -9,18 +9,17 @@ from torch.overrides import TorchFunctionMode
 from kit import batches, devices, gradients, ranks
 
 
-def watched(get_batch, update, bad_steps, micro_steps, seed, journal, device, dtype):
+def watched(get_batch, update, model, bad_steps, scaler, micro_steps, seed, journal, device, dtype):
     """
     (get_batch, update) of train.py, which look at what they have made: at a bad number they say where it came from and
-    end the script. bad_steps: a gradients.BadSteps. Both wait for the device.
+    end the script. model: not wrapped; bad_steps: a gradients.BadSteps. Both wait for the device.
     """
-    model = bad_steps.model
-
     def get_checked(split, step, micro_step):
         batch = get_batch(split, step, micro_step)
         found = ranks.from_all(wrong_ids(*batch[:2], model.config.vocab_size))
-        for words in filter(None, found):
-            print(f'debug_nan: step {step}, micro-step {micro_step}: the data: {words}')
+        for rank, words in enumerate(found):
+            if words:
+                print(f'{who(step, rank)}, micro-step {micro_step}: the data: {words}')
         if any(found):
             leave()
         return batch
@@ -30,14 +29,17 @@ def watched(get_batch, update, bad_steps, micro_steps, seed, journal, device, dt
         if bad_steps.is_bad:
             at_fault = gradients.at_fault(model, norms)
             torch.manual_seed(batches.torch_seed(seed, step, ranks.rank))
-            found = make_again(model, (get_batch('train', step, i) for i in range(micro_steps)), bad_steps.scaler,
+            found = make_again(model, (get_batch('train', step, i) for i in range(micro_steps)), scaler,
                                device, dtype)
             for rank, words in enumerate(ranks.from_all(found)):
-                print(f'debug_nan: step {step}{f", rank {rank}" if ranks.world_size > 1 else ""}: '
+                print(f'{who(step, rank)}: '
                       + (words or 'made again, its forward and backward pass give no bad number: what comes behind '
                                   f'them does, or what is compiled. {at_fault}'))
             leave()
         return figures, norms
+
+    def who(step, rank):
+        return f'debug_nan: step {step}' + (f', rank {rank}' if ranks.world_size > 1 else '')
 
     def leave():
         journal.close()

@@ -91,6 +91,8 @@ def apply(settings, rules=(), operands=None):
     if {'--help', '-h'} & set(sys.argv[1:]):
         print_help(settings, list(defaults))
         raise SystemExit(0)
+    if not Path(settings.get('__file__', '')).is_file():
+        print('WARNING: the source of this script is no file, so what its comments say of the settings is not checked')
     running = read_script(settings.get('__file__', ''), defaults, rules)
     given.update(read_words(sys.argv[1:], settings, defaults, operands))
     config = {k: settings[k] for k in defaults}
@@ -115,8 +117,8 @@ def read_script(path, settings=None, rules=None):
     first = {node.targets[0].id: node.end_lineno for node in reversed(nodes)}  # a script may assign to a name again
     lines = {name: first[name] for name in settings if name in first}
     specs = {name: read_spec(comments.get(line, ''), settings[name]) for name, line in lines.items()}
-    above = {name: max((n for n in headings if n < line), default=0) for name, line in lines.items()}
-    launch = {name for name, line in above.items() if headings.get(line, '').startswith(LAUNCH)}
+    heading = min((line for line, text in headings.items() if text.startswith(LAUNCH)), default=math.inf)
+    launch = {name for name, line in lines.items() if line > heading}
     return Script(settings, {name: spec for name, spec in specs.items() if spec}, launch, rules)
 
 
@@ -142,7 +144,9 @@ def read_source(path):
     if not calls:
         return [], {}, {}, '()'
     rules = [*calls[0].args[1:2], *(word.value for word in calls[0].keywords if word.arg == 'rules')]
-    nodes = [node for node in nodes[:-1] if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    nodes = [ast.copy_location(ast.Assign([node.target], node.value), node)  # seed: int = 1337
+             if isinstance(node, ast.AnnAssign) and node.value else node for node in nodes[:-1]]
+    nodes = [node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
     return nodes, comments, headings, ast.unparse(rules[0]) if rules else '()'
 
 

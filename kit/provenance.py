@@ -9,10 +9,9 @@ import time
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from kit import runlogs
+from kit import checkpoints, runlogs
 from kit.overrides import HOUSE
 
 
@@ -29,7 +28,7 @@ def record(folder, config, facts, step, sinks):
     source = next(folder / name for name in names if read_source(folder / name) in (None, code))
     launches.append({
         'step': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S %z'), 'command': [sys.executable, *sys.argv],
-        'source': source.name, 'git': commit(), 'versions': versions(), 'machine': machine(),
+        'source': source.name, 'git': commit(), 'versions': checkpoints.versions(), 'machine': machine(),
         'sinks': sinks,
     })
     try:
@@ -66,11 +65,6 @@ def read_source(path):
             return {name: archive.read(name) for name in archive.namelist()}
     except Exception:  # a broken archive raises many kinds
         return {}
-
-
-def versions():
-    return {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__,
-            'cuda': torch.version.cuda}
 
 
 def machine():

@@ -281,7 +281,7 @@ class Rows:
         found = np.concatenate(found)
         return found[np.argsort(self.lengths(found), kind='stable')] if isinstance(self.readers[0], Padded) else found
 
-    @lru_cache(maxsize=2)  # noqa: B019  (this step and the next, whose first rows are fetched before this one is over)
+    @lru_cache(maxsize=1)  # noqa: B019  (the micro-steps of a step share them)
     def of_step(self, rows, seed, step, sampling, rewinds=0):
         """All rows of a step, which its micro-steps share: (their numbers, their noise, how many targets they have)."""
         numbers, noise = self.draw(rows, seed, step, sampling, rewinds), self.noise(rows, seed, step, rewinds)

@@ -18,7 +18,7 @@ def run(update, get_lr, s, state, past, model, data, meta, device, dtype):
     """
     Make the steps from that of the RunState on up to inspect_step, with the rates of the log, and show that one.
 
-    update, get_lr: of train.py; s: its settings; past: the History of the run; model: not compiled; data: the Rows of
+    update, get_lr: of train.py; s: its settings; past: the History of the run; model: not wrapped; data: the Rows of
     train.
     """
     last, rows_per_step = s['inspect_step'], s['batch_size'] * s['gradient_accumulation_steps']

@@ -5,7 +5,7 @@ itself stands at the beginning of its comment, those of the learning rate are ch
 
 TRAIN = [
     'out_dir.strip("./")  # the run needs a folder of its own, such as --out_dir=exp1',
-    'test + eval_only + dry_run + find_lr + (inspect_step >= 0) <= 1  # one errand at a time',
+    'test + eval_only + dry_run + find_lr + (inspect_step >= 0) <= 1  # each replaces the training; give one of them',
     'test or not checkpoint  # --checkpoint goes with --test; a resume takes ckpt.pt of --out_dir',
     'find_lr_start < find_lr_end  # the rates climb',
     'not (find_lr and debug_nan)  # where it diverges there are bad numbers, and no fault',

@@ -8,6 +8,8 @@ import torch
 from kit import gradients
 
 NAMES = {'step': 'iter_num'}  # in a checkpoint, as nanoGPT has it; the others are called there as they are here
+# what a run that goes back over bad steps does not take back: its best lies on the disk, and it must not go back again
+KEPT = 'best_val_loss', 'bad_steps', 'rewinds', 'fitted_minutes'
 
 
 def no_norms():
@@ -32,7 +34,7 @@ class RunState:
     rewinds: int = 0                # how often the run went back over bad steps; each time other text comes
     fitted_minutes: float = 0.0     # the max_minutes that max_iters was fitted to
 
-    loaded_at = -1                  # no key: the step of the checkpoint that was loaded, which is evaluated and saved
+    loaded_at = -1                  # no key: the step of the checkpoint that was loaded, where all was done before
 
     def to(self, device):
         """The tensors onto a device; returns the state."""
@@ -46,11 +48,11 @@ class RunState:
         values = {NAMES.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
         return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
 
-    def take(self, saved, names=None):
-        """Go on where a checkpoint stands: in all fields, or in the named ones alone."""
-        for name in names or [f.name for f in fields(self)]:
+    def take(self, saved, but=()):
+        """Go on where a checkpoint stands, but for some fields."""
+        for name in [f.name for f in fields(self)]:
             key, old = NAMES.get(name, name), getattr(self, name)
-            if key not in saved:
+            if key not in saved or name in but:
                 continue
             if isinstance(old, torch.Tensor):
                 setattr(self, name, torch.tensor(saved[key], dtype=old.dtype, device=old.device))

@@ -39,8 +39,8 @@ def rate(step, s, val_losses=()):
     """
     warmup, high, low = warmup_steps(s), s['learning_rate'], s['min_lr']
     if step < warmup:
-        first = not s['warmup_start_lr']  # nanoGPT's step 0 is one stride above a rate of 0
-        return s['warmup_start_lr'] + (high - s['warmup_start_lr']) * (step + first) / (warmup + first)
+        offset = 0 if s['warmup_start_lr'] else 1  # nanoGPT's step 0 is one stride above a rate of 0
+        return s['warmup_start_lr'] + (high - s['warmup_start_lr']) * (step + offset) / (warmup + offset)
     t, n = step - warmup, max(1, (s['lr_decay_iters'] or s['max_iters']) - warmup)  # n steps lead from high to low
     name, numbers = parse(s['lr_schedule'])
     match name if s['decay_lr'] else 'constant':

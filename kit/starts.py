@@ -4,7 +4,7 @@ import math
 
 from kit import averages, checkpoints, overrides, provenance, ranks, replay, tokens
 from kit.journal import check_wandb
-from kit.run_state import RunState
+from kit.run_state import KEPT, RunState
 
 SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size'  # settings that weights cannot do without
 
@@ -94,13 +94,15 @@ def model_args(saved, meta, has_mask, is_causal, **sizes):
     return args if is_causal else args | {'causal': False}
 
 
-def restore(saved, config, model, optimizer, scaler, average, device):
+def restore(saved, is_resume, config, model, optimizer, scaler, average, device):
     """
-    The RunState of a training that goes on from a checkpoint, whose weights, moments and average are taken; of a new
-    one where saved is {}. And whether it goes on with another text: then no loss so far is a mark.
+    Put a training where saved has it, as find gives it: with is_resume all of it, else the weights alone, if any.
+    Returns its RunState, and whether it goes on with another text: then no loss so far is a mark.
     """
     state, is_other_text = RunState().to(device), False
-    if saved:
+    if saved and not is_resume:
+        checkpoints.fill(model, saved['model'])
+    if is_resume:
         state.take(saved)
         checkpoints.restore(saved, model, optimizer, scaler)
         averages.restore(average, saved)
@@ -110,7 +112,7 @@ def restore(saved, config, model, optimizer, scaler, average, device):
     return state, is_other_text
 
 
-def claim(config, model, data, tokens_per_step, warmup_steps, state, is_resume, is_other_text, journal):
+def begin(config, model, data, tokens_per_step, warmup_steps, state, is_resume, is_other_text, journal):
     """Make the folder of a run its own, and write into it from here on. data: the Rows of train."""
     out_dir = config['out_dir']
     facts = {'vocab_size': model.config.vocab_size, 'parameters': model.count_params(),
@@ -137,7 +139,7 @@ def go_back(out_dir, state, model, optimizer, scaler, average, journal):
               'other text')
         checkpoints.restore(saved, model, optimizer, scaler)
         averages.restore(average, saved)
-        state.take(saved, ['step', 'val_losses', 'recent_norms'])
+        state.take(saved, but=KEPT)
         if ranks.is_main:
             checkpoints.move_later_aside(out_dir, state.step)
     else:

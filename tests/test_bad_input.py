@@ -43,7 +43,7 @@ def one_line(result, named):
     (['--lr_schedule=wsd', '--decay_lr=False'], ['wsd', '--lr_schedule=constant']),
     (['--grad_clip_quantile=1'], ['grad_clip_quantile = 1.0']),
     (['--find_lr', '--find_lr_start=1', '--find_lr_end=0.1'], ['find_lr_start = 1.0', 'find_lr_end = 0.1', 'climb']),
-    (['--find_lr', '--test'], ['one errand at a time']),
+    (['--find_lr', '--test'], ['each replaces the training']),
     (['--min_lr=1'], ['min_lr = 1.0', 'learning_rate', 'decay']),
     (['--device=cuda:7'], ['cuda:7', '--device=auto']),
     (['--device=toaster'], ['toaster', 'cpu']),

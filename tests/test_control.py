@@ -120,15 +120,15 @@ class Time:
 
 def run_with(now, minutes, step_seconds, evaluation=7.0, save=2.0, slower=1.0, first=20, eval_interval=100,
              save_interval=50, max_iters=1_000_000):
-    """train.py's loop in time alone: (steps made, steps that were to be made, seconds taken)."""
+    """train.py's loop in time alone: (steps made, steps that were to be made, seconds taken, steps saved)."""
     settings = overrides.settings_of(HOUSE / 'train.py', [
         f'--max_minutes={minutes}', '--always_save_checkpoint=False', f'--max_iters={max_iters}',
         f'--eval_interval={eval_interval}', f'--save_interval={save_interval}'])
-    state, clock, start = RunState(), Clock(minutes, torch.device('cpu')), now.now
+    state, clock, start, saved = RunState(), Clock(minutes, torch.device('cpu')), now.now, []
     due = Due(settings, state, warmup_steps=30)
     clock.start(due.is_fitted)
     while True:
-        due.look('', clock.is_up())
+        due.look(clock.is_up())
         if due.evaluation:
             now.now += evaluation
             due.evaluated(1.0)
@@ -136,9 +136,10 @@ def run_with(now, minutes, step_seconds, evaluation=7.0, save=2.0, slower=1.0, f
         if due.save:
             now.now += save
             due.saved(True)
+            saved.append(state.step)
             clock.took('save')
         if due.end:
-            return state.step, due.max_iters if due.is_fitted else math.inf, now.now - start
+            return state.step, due.max_iters if due.is_fitted else math.inf, now.now - start, saved
         due.fit(clock)
         # the first steps compile
         now.now += step_seconds * (first if state.step < 3 else slower if due.is_fitted else 1)
@@ -155,25 +156,25 @@ def clock(monkeypatch):
 
 
 def test_the_steps_fill_the_time(clock):
-    made, planned, seconds = run_with(clock, minutes=30, step_seconds=0.5)
+    made, planned, seconds, _ = run_with(clock, minutes=30, step_seconds=0.5)
     assert made == planned and 0.94 * 1800 < seconds <= 1800
 
 
 @pytest.mark.parametrize('slower', [1.02, 1.5, 10.0])
 def test_a_machine_that_becomes_slow_is_no_excuse(clock, slower):
-    made, planned, seconds = run_with(clock, minutes=30, step_seconds=0.5, slower=slower)
+    made, planned, seconds, _ = run_with(clock, minutes=30, step_seconds=0.5, slower=slower)
     assert seconds <= 1800 + 0.5 * slower and (made < planned) == (slower > 1.1)
 
 
 def test_less_time_than_the_warmup_takes(clock):
-    made, planned, seconds = run_with(clock, minutes=1, step_seconds=3.0, first=1)
+    made, planned, seconds, _ = run_with(clock, minutes=1, step_seconds=3.0, first=1)
     assert seconds <= 60 and 0 < made < 30 and planned == math.inf
 
 
 def test_without_a_budget_nothing_ends(clock):
-    made, planned, seconds = run_with(clock, minutes=0, step_seconds=1e6, eval_interval=0, save_interval=0,
-                                      max_iters=1000)
-    assert made == planned == 1000 and seconds > 1e9
+    made, planned, seconds, saved = run_with(clock, minutes=0, step_seconds=1e6, eval_interval=0, save_interval=0,
+                                             max_iters=1000)
+    assert made == planned == 1000 and seconds > 1e9 and saved == [1000]
 
 
 def test_a_budget_is_a_number_of_steps(train, tiny):

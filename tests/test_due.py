@@ -1,7 +1,7 @@
 """What is due at a step and why a run ends, the state that a checkpoint keeps, and bad steps: all without a model."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from conftest import HOUSE
 
 from kit import gradients, overrides
 from kit.due import BAD_STEPS, LAST_STEP, Due
-from kit.run_state import RunState
+from kit.run_state import KEPT, RunState
 
 TEN = ['--max_iters=10', '--eval_interval=4', '--save_interval=3', '--log_interval=5']
 
@@ -30,10 +30,11 @@ def run(*args, state=None, losses=None, signals=None, up_at=None, failing=(), ba
         if due.going_back:
             seen.append((at, 'back'))
             state.rewinds, state.bad_steps, bad = 1, torch.tensor([0, 0]), [step for step in bad if step > 100]
-        due.look((signals or {}).get(at, ''), at == up_at)
+        due.look(at == up_at)
         if due.evaluation:
             seen.append((at, 'evaluation'))
             due.evaluated((losses or {}).get(at, 5 - at / 100))
+        due.hear((signals or {}).get(at, ''))
         if due.save:
             seen.append((at, ' '.join(due.names)))
             due.saved(at not in failing)
@@ -104,6 +105,7 @@ def test_signals(name, ends):
     assert of(seen, 'evaluation')[:2] == [0, 4], 'one that is due is made first'
     seen, due = run(signals={0: name})
     assert not of(seen, 'ckpt')[:1] == [0], 'of the first step nothing is worth saving'
+    assert run(signals={10: name})[1].end == (name if ends else LAST_STEP), 'also at the last step'
 
 
 def test_time_that_is_up():
@@ -143,12 +145,45 @@ def test_early_stop_by_the_norms():
 
 
 def test_back_once_then_the_end():
-    args = '--max_iters=60', '--max_bad_steps=4', '--eval_interval=0', '--save_interval=0'
+    args = '--max_iters=60', '--max_bad_steps=4', '--eval_interval=0', '--save_interval=12'
     seen, due = run(*args, bad=range(6, 60))
     assert of(seen, 'back') == [12] and due.end == LAST_STEP and due.state.step == 60
     seen, due = run(*args, bad=range(6, 60), state=RunState(rewinds=1))
     assert not of(seen, 'back', 'evaluation', 'ckpt') and due.end == BAD_STEPS and due.state.step == 12
     assert run('--max_bad_steps=0', bad=range(60))[1].end == LAST_STEP
+
+
+MINUTES = ['--max_minutes=30', '--warmup_iters=25']
+
+
+def test_minutes_that_another_launch_was_fitted_to():
+    """The same minutes keep their steps, others measure anew, and without any max_iters counts."""
+    assert run(state=RunState(fitted_minutes=30.0))[1].state.step == 10
+    same = Due(settings(*MINUTES), RunState(fitted_minutes=30.0), 25)
+    other = Due(settings(*MINUTES), RunState(fitted_minutes=20.0), 25)
+    assert same.is_fitted and not other.is_fitted and other.state.fitted_minutes == 0.0
+
+
+def test_what_max_minutes_measures():
+    """An evaluation at the begin of a launch and where its steps are counted, a save there, and one with the count."""
+    state, seen = RunState(), []
+    state.take({'iter_num': 101})
+    state.val_losses = [5.0]
+    due = Due(settings(*MINUTES, '--eval_interval=63', '--save_interval=0', '--max_iters=1000'), state, 25)
+
+    class Clock:
+        def fit(self, step, eval_interval, save_interval):
+            return 200
+
+    while not due.look(False) and not due.end:
+        if due.evaluation:
+            due.evaluated(9.0)
+        seen += [(state.step, due.evaluation, due.save)] * (due.evaluation or due.save)
+        due.fit(Clock())
+        state.step += 1
+    assert seen == [(101, True, False), (126, True, True), (127, False, True), (189, True, True)]
+    assert due.max_iters == 200 and state.fitted_minutes == 30.0 and due.end == LAST_STEP and state.step == 200
+    assert state.val_losses == [5.0, 9.0, 9.0], 'those at 126 and 189 are at intervals, that at 101 is not'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,10 +208,19 @@ def test_a_state_of_nanogpt_lacks_most():
     assert (state.step, state.best_val_loss, state.rewinds) == (5, 2.5, 0) and type(state.best_val_loss) is float
 
 
-def test_a_state_takes_some_fields_alone():
+def test_a_run_that_goes_back_keeps_some_fields():
+    """And takes back all others, also those that somebody adds."""
     state = RunState(step=9, best_val_loss=1.0, rewinds=1)
-    state.take({'iter_num': 3, 'best_val_loss': 2.0, 'rewinds': 0, 'val_losses': [4.0]}, ['step', 'val_losses'])
+    state.take({'iter_num': 3, 'best_val_loss': 2.0, 'rewinds': 0, 'val_losses': [4.0]}, but=KEPT)
     assert (state.step, state.best_val_loss, state.rewinds, state.val_losses) == (3, 1.0, 1, [4.0])
+    assert set(KEPT) < {f.name for f in fields(RunState)}
+
+
+def test_a_state_stays_on_its_device():
+    state = RunState().to('meta')
+    state.take({'recent_norms': [1.0, 2.0], 'bad_steps': [1, 2]})
+    assert state.recent_norms.device.type == state.bad_steps.device.type == 'meta'
+    assert state.recent_norms.shape == (2,)
 
 
 def test_a_field_more_is_one_line():
@@ -214,8 +258,8 @@ class Scaler:
 def test_bad_steps_are_counted_and_told(capsys, scale):
     """(loss, norms) of six steps. With float16's scale above 1 an overflow in the norms is for the scale to mend."""
     steps = [(1.0, [1, 1]), (math.nan, [1, 1]), (1.0, [1, math.inf]), (math.inf, [math.nan, 2]), (1.0, [1, 2]),
-             (1.0, [math.nan, 1])]
-    expected = {1.0: [0, 1, 2, 3, 0, 1], 64.0: [0, 1, 0, 1, 0, 0]}[scale]
+             (1.0, [math.nan, 1]), (1.0, [1, 1])]
+    expected = {1.0: [0, 1, 2, 3, 0, 1, 0], 64.0: [0, 1, 0, 1, 0, 0, 0]}[scale]
     state, model = RunState(), torch.nn.Linear(2, 2)
     bad_steps = gradients.BadSteps(state, model, Scaler(scale))
     found = []
@@ -229,6 +273,6 @@ def test_bad_steps_are_counted_and_told(capsys, scale):
     bad_steps.warn(5)
     told = capsys.readouterr().out
     assert told.startswith(f'WARNING: bad numbers: the loss or the gradient of {sum(n > 0 for n in expected)} of the')
-    assert 'the gradient of weight, of 2 parameters' in told
+    assert 'the gradient of weight, of 2 parameters' in told, 'the norms are those of the last bad one'
     bad_steps.warn(6)
     assert not capsys.readouterr().out and int(state.bad_steps[1]) == 0

@@ -53,6 +53,20 @@ def test_one_room_knows_torch_distributed():
                                           for name in imports(HOUSE / f'kit/{room}.py'))] == ['ranks']
 
 
+def test_the_loop_reads_as_the_algorithm():
+    """Few lines and branches, comments among them; what else a run does belongs elsewhere."""
+    source = (HOUSE / 'train.py').read_text(encoding='utf-8')
+    tree = ast.parse(source)
+    loop, = [node for node in tree.body if isinstance(node, ast.While)]
+    branches = [node for node in ast.walk(loop) if isinstance(node, ast.If | ast.IfExp)]
+    leaves = [node for node in ast.walk(loop) if isinstance(node, ast.Break | ast.Continue | ast.Return)]
+    assert loop.end_lineno - loop.lineno + 1 <= 45 and len(branches) <= 10 and len(leaves) == 1
+    assert len(source.splitlines()) <= 420
+    given = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)
+             and any(ast.unparse(arg) == 'globals()' for arg in node.args)]
+    assert given == ['overrides.apply(globals(), rules.TRAIN)'], 'no other helper gets the settings to change them'
+
+
 def test_the_readme_has_a_line_for_every_room():
     text = (HOUSE / 'README.md').read_text(encoding='utf-8')
     for name in [f'{door}.py' for door in DOORS] + ['model.py'] + [f'{room}.py' for room in ROOMS]:

@@ -99,7 +99,7 @@ def test_the_other_scripts_read_its_checkpoint(run, minimal, tiny):
     result = minimal({'max_iters, warmup_iters = 4000, 100': 'max_iters, warmup_iters = 9, 7'})
     assert result.status == 0, result.err
     assert sorted(path.name for path in tiny.glob('minimal*')) == ['minimal.pt']
-    assert len(result.out.split('ms\n')[-1].split('\n', 1)[1]) > 400  # its sample is text
+    assert len(result.out.split('val loss ')[-1].split('\n', 1)[1]) > 400  # its sample is text
     sampled = run('sample.py', '--checkpoint=minimal.pt', '--max_new_tokens=20', '--device=cpu')
     assert sampled.status == 0 and 'minimal.pt, after 9 steps' in sampled.out, sampled.err
     tested = run('train.py', '--test', '--checkpoint=minimal.pt', '--device=cpu')

@@ -1,5 +1,8 @@
 """The command line of every script, on a script of a few settings, and what the settings of the real ones may be."""
 
+import subprocess
+import sys
+
 import pytest
 from conftest import HOUSE
 
@@ -402,12 +405,20 @@ exec(compile(open(__file__).read(), __file__, 'exec'))
 
 
 def test_which_settings_belong_to_a_launch(tmp_path):
-    """Those under a heading that begins so, up to the next one."""
+    """Those below a heading that begins so, whatever other comments stand between them."""
     (tmp_path / 's.py').write_text(
         '# the run\na = 1\n\n# this launch alone, and no other\nb = 1  # >= 0\n    # no heading\n_c = d = []\n'
-        'e = None\n\n# my own\nf = 1\noverrides.apply(globals())\n')
+        'e = None\n\n# my own\n# g = 2\nf: int = 1  # >= 1\noverrides.apply(globals())\n')
     script = overrides.read_script(tmp_path / 's.py')
-    assert script.launch == {'b', 'e'} and list(script.settings) == ['a', 'b', 'e', 'f']
+    assert script.launch == {'b', 'e', 'f'} and list(script.settings) == ['a', 'b', 'e', 'f']
+
+
+def test_a_script_without_a_file_says_that_little_is_checked(tmp_path):
+    code = (f'import sys; sys.path.insert(0, {str(HOUSE)!r})\nfrom kit import overrides\nbatch_size = 1  # >= 1\n'
+            'print(overrides.apply(globals()))')
+    done = subprocess.run([sys.executable, '-c', code, '--batch_size=0'], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and 'WARNING: the source of this script is no file' in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "{'batch_size': 0}"
 
 
 def test_the_launch_settings_of_train():

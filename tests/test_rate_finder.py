@@ -248,8 +248,8 @@ def test_two_processes_find_what_one_finds(find, pair, tiny):
 @pytest.mark.parametrize('args, named', [
     (['--find_lr_start=1', '--find_lr_end=1e-3'], ['find_lr_start = 1.0', 'find_lr_end = 0.001', 'climb']),
     (['--find_lr_start=0'], ['find_lr_start = 0.0']),
-    (['--test'], ['one errand at a time']),
-    (['--inspect_step=3'], ['one errand at a time']),
+    (['--test'], ['each replaces the training']),
+    (['--inspect_step=3'], ['each replaces the training']),
     (['--out_dir=text.txt/x'], ['text.txt/x', 'cannot be written']),
 ])
 def test_what_cannot_be_tested(train, tiny, args, named):

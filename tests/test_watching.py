@@ -509,7 +509,7 @@ def test_garbage_in_the_text_is_found(run, tmp_path):
     (['--inspect_step=99'], ['inspect_step = 99', 'steps 0 to 9']),
     (['--inspect_step=3', '--out_dir=nowhere'], ['nowhere', 'no run']),
     (['--inspect_step=-3'], ['inspect_step = -3']),
-    (['--inspect_step=3', '--test'], ['one errand at a time']),
+    (['--inspect_step=3', '--test'], ['each replaces the training']),
     (['--inspect_step=3', '--n_embd=64'], ['n_embd', '32']),
 ])
 def test_steps_that_cannot_be_replayed(train, run, tiny, args, named):
