@@ -397,7 +397,8 @@ def look(folder, is_timed):
         seen[path.suffix[1:]][path.stem.removeprefix(folder.name)[1:]] = lines_of(path, is_timed)
     for path in sorted(folder.rglob('*')):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and not name.startswith('runs/'):
+        is_other_code = re.fullmatch(r'.*/source_\d+(\.\d+)?\.zip', name)  # that of the checkout which resumed
+        if path.is_file() and not name.startswith('runs/') and not is_other_code:
             seen['files'][name] = content(path, is_timed)
     return seen
 
