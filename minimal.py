@@ -33,14 +33,14 @@ log_interval, seed = 50, 1337           # steps between iter lines; another seed
 # data: train.bin and val.bin are a long row of token ids each, and meta.json says what the ids stand for
 folder = Path('data', dataset) if Path('data', dataset).is_dir() else Path(__file__).parent / 'data' / dataset
 if not all((folder / name).is_file() for name in ('meta.json', 'train.bin', 'val.bin')):
-    raise SystemExit(f'minimal.py: {folder} is no dataset; python prepare.py {dataset} makes it')
+    raise SystemExit(f'minimal.py: {folder} is no dataset; python prepare.py python_docs makes one, or --input=FILE')
 meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
 data = {split: np.memmap(folder / f'{split}.bin', dtype=meta['dtype'], mode='r') for split in ('train', 'val')}
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def get_batch(split, starts):
-    """B rows of a text, which begin at starts (B,): x, and y, the ids that come after those of x. (B, T) each."""
+    """B rows of T = block_size ids of a text, which begin at starts (B,): x, and y, what comes after each of them."""
     places = starts[:, None] + np.arange(block_size)  # (B, T)
     x, y = data[split][places], data[split][places + 1]  # (B, T) each
     return torch.from_numpy(x.astype(np.int64)).to(device), torch.from_numpy(y.astype(np.int64)).to(device)
@@ -82,9 +82,8 @@ for step in range(max_iters + 1):
     if step % eval_interval == 0 or step == max_iters:
         val_loss = evaluate('val')
         print(f'step {step}: train loss {evaluate("train"):.4f}, val loss {val_loss:.4f}')
-        checkpoint = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': args,
-                      'iter_num': step, 'best_val_loss': val_loss, 'config': {'dataset': dataset}, 'meta': meta}
-        torch.save(checkpoint, 'minimal.tmp')
+        torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': args, 'meta': meta,
+                    'iter_num': step, 'best_val_loss': val_loss, 'config': {'dataset': dataset}}, 'minimal.tmp')
         Path('minimal.tmp').replace('minimal.pt')  # at once: a run that is killed leaves a whole file, old or new
     if step == max_iters:
         break
@@ -94,7 +93,8 @@ for step in range(max_iters + 1):
     loss_of_step = 0.0
     for micro_step in range(gradient_accumulation_steps):
         x, y = get_batch('train', starts[micro_step])  # (B, T) each
-        loss = model(x, y)[1] / gradient_accumulation_steps  # so that their sum is the mean of the step
+        _, loss = model(x, y)  # the mean over the targets y
+        loss = loss / gradient_accumulation_steps  # so that their sum is the mean of the step
         loss.backward()  # adds to the gradients of the micro-steps before
         loss_of_step += loss.detach()
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)  # one odd batch must not throw the weights far off

@@ -22,7 +22,7 @@ init_from = 'resume'        # resume (a checkpoint), gpt2, gpt2-medium, gpt2-lar
 out_dir = 'checkpoints'     # where the checkpoint is: best.pt, else ckpt.pt
 checkpoint = ''             # or this very file, or several: a.pt,b.pt
 weights = 'auto'            # auto, raw, ema or swa: of a checkpoint's weights; auto = its average where it has one
-start = '\n'                # not empty: the prompt, or FILE:prompt.txt; if not given, a model of documents begins one
+start = '\n'                # not empty: at least one character, or FILE:prompt.txt; if not given, documents begin anew
 num_samples = 1             # >= 1: drawn side by side as one batch; a single one is shown as it is written
 max_new_tokens = 500        # >= 1: tokens in each, at most
 temperature = 0.8           # >= 0: below 1 bolder, above 1 wilder; 0 = always the likeliest token

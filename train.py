@@ -46,8 +46,8 @@ from model import GPT, GPTConfig, default_heads
 journal = Journal()  # from here on every line that is printed also goes to training.log
 
 # ---------------------------------------------------------------------------------------------------------------------
-# settings: the defaults train a small model in about two minutes on two CPU cores. What a number or a choice may be
-# stands first in its comment and is checked from there; the conditions between settings are in kit/rules.py
+# settings: the defaults train a small model in about two minutes on two CPU cores. A comment begins with what a number
+# or a choice may be, up to the colon, and that is checked; conditions between settings are in kit/rules.py
 
 # the run
 eval_interval = 400         # >= 0: steps between evaluations; 0 = only at the end
@@ -87,9 +87,9 @@ weight_decay = 1e-1         # >= 0: on matrices and embeddings
 beta1 = 0.9                 # 0 <= x < 1: memory of the mean gradient
 beta2 = 0.99                # 0 <= x < 1: and of its square; 0.95 where a step has many tokens
 grad_clip = 1.0             # >= 0: gradients are scaled down to this norm; 0.0 = never
-grad_clip_quantile = 0.0    # 0 <= x < 1: or to this quantile of the last 100 norms; 0.1 clips nine of ten, 0.0 = not so
-grad_clip_value = 0.0       # >= 0: then each number of theirs is cut to this size; 0.0 = never
-max_bad_steps = 20          # >= 0: so many steps in a row with a NaN or Inf: go back once, then stop; 0 = go on and on
+grad_clip_quantile = 0.0    # 0 <= x < 1: or to this quantile of the last 100 norms; 0.1 clips nine of ten, 0.0 = off
+grad_clip_value = 0.0       # >= 0: then each entry of a gradient is cut to this size; 0.0 = never
+max_bad_steps = 20          # >= 0: so many steps in a row with a NaN or Inf: go back once, then stop; 0 = never stop
 ema_decay = 0.0             # 0 <= x < 1: moving average of the weights, evaluated and saved too: 0.999 or so; 0 = none
 swa_start = 0               # >= 0: or the plain mean of the weights from this step on; 0 = none
 # when to end
@@ -209,7 +209,7 @@ def get_lr(step):
         offset = 0 if warmup_start_lr else 1  # nanoGPT's step 0 is one stride above a rate of 0
         return warmup_start_lr + (learning_rate - warmup_start_lr) * (step + offset) / (warmup_steps + offset)
     if not due.is_fitted:
-        return learning_rate  # how far it is to the end is not known yet
+        return learning_rate  # max_minutes: how far it is to the end is not known yet
     if not decay_lr or lr_schedule != 'cosine':
         return schedules.rate(step, config, state.val_losses)
     n = max(1, (lr_decay_iters or max_iters) - warmup_steps)
@@ -316,8 +316,6 @@ seconds = errands.first_look(model, raw_model, *get_batch('train', state.step, 0
                              dry_run and init_from == 'scratch' and not is_resume)
 if trains or dry_run:
     errands.show_plan(config, state.step, warmup_steps, micro_steps * seconds, steps_per_epoch, data['train'])
-if find_lr or inspect_step >= 0 and past.get('lr', 1)[0].size:
-    lr_by_norm = False  # these rates are used as they are
 if find_lr:
     rate_finder.run(update, state.step, bad_steps, find_lr_start, find_lr_end, out_dir)
 if inspect_step >= 0:
@@ -326,7 +324,8 @@ if not trains:
     ranks.leave()
 
 # ---------------------------------------------------------------------------------------------------------------------
-# training: steps are numbered by the updates made so far, so step 0 is the untrained model and max_iters the last
+# training: steps are numbered by the updates made so far, so step 0 is the untrained model and max_iters the last. What
+# is due at a step, and why a run ends, is decided in kit/due.py
 
 starts.begin(config, raw_model, data['train'], tokens_per_step, warmup_steps, state, is_resume, is_other_text, journal)
 iter_line = IterLine(raw_model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, device, dtype)
@@ -338,7 +337,7 @@ while True:
         starts.go_back(out_dir, state, raw_model, optimizer, scaler, average, journal)
     due.look(clock.is_up())
 
-    # evaluate and save; pictures come last: they draw random numbers, and a checkpoint holds the generators' states
+    # evaluate, save, or leave
     if due.evaluation:
         figures = evaluate()
         due.evaluated(figures['val/loss'])
@@ -349,7 +348,7 @@ while True:
         is_saved = save(due.names)
         due.saved(is_saved)
         clock.took('save')
-    if due.evaluation:
+    if due.evaluation:  # pictures come last: they draw random numbers, and a checkpoint holds the generators' states
         errands.show_inside(journal, state.step, averages.smoothed(raw_model, average), data['val'], meta, device,
                             due.is_last)
         clock.took('evaluation', n=0)

@@ -28,11 +28,11 @@ import torch  # noqa: E402
 from kit import averages, checkpoints, overrides  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
-checkpoints_to_average = 8  # how many
-n_layer = 12                # GPT-2 124M
-n_embd = 768                # channels
+checkpoints_to_average = 8  # >= 1: how many
+n_layer = 12                # >= 1: GPT-2 124M
+n_embd = 768                # >= 64: channels
 moments = True              # whether the files hold AdamW's two moments, as those of a run do
-turns = 5                   # of each
+turns = 5                   # >= 1: of each
 folder = ''                 # where the files are made, '' = a temporary folder, which goes again
 role = ''                   # set by the bench itself: what a process of its own does
 
@@ -124,7 +124,7 @@ def main(folder):
               f'peak of anonymous memory {peak / 1e6:.0f} MB = {peak / size:.2f} models')
 
 
-overrides.apply(globals(), ['checkpoints_to_average >= 1', 'n_layer >= 1', 'n_embd >= 64', 'turns >= 1'])
+overrides.apply(globals())
 if role:
     paths = sorted(Path(folder).glob('*.pt'))
     print('ready', flush=True)

@@ -25,9 +25,9 @@ sys.path.insert(0, str(HOUSE))
 from kit import devices, overrides, readers  # noqa: E402
 
 nanogpt = ''                # the folder of a nanoGPT checkout
-turns = 5                   # of each
-batches = 400               # in a turn; a tenth more come before it, uncounted
-n_tokens = 50_000_000       # in the file: 100 MB
+turns = 5                   # >= 1: of each
+batches = 400               # >= 10: in a turn; a tenth more come before it, uncounted
+n_tokens = 50_000_000       # >= 100_000: in the file, 100 MB
 
 DEVICE, ROWS, BLOCK, END, SEED = torch.device('cpu'), 64, 256, 0, 1337
 
@@ -84,7 +84,7 @@ def microseconds(get_batch, first):
     return found[batches // 10:]
 
 
-overrides.apply(globals(), ['turns >= 1', 'batches >= 10', 'n_tokens >= 100_000'])
+overrides.apply(globals())
 torch.set_num_threads(1)
 with tempfile.TemporaryDirectory() as temporary:
     places = write_documents(Path(temporary))

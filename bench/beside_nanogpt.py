@@ -21,10 +21,10 @@ HOUSE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOUSE))
 from kit import overrides, tokens  # noqa: E402
 
-nanogpt = ''                # the folder of a nanoGPT checkout
-runs = 7                    # of each
-steps = 150                 # in each run; the first 20 are not counted
-overrides.apply(globals(), ['runs >= 1', 'steps > 20', 'nanogpt  # give the folder of a checkout: --nanogpt=FOLDER'])
+nanogpt = ''                # not empty: the folder of a nanoGPT checkout, --nanogpt=FOLDER
+runs = 7                    # >= 1: of each
+steps = 150                 # > 20: in each run; the first 20 are not counted
+overrides.apply(globals())
 
 FLAGS = ['config/train_shakespeare_char.py', '--device=cpu', '--compile=False', '--eval_iters=20', '--log_interval=1',
          '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128', '--max_iters=2000',

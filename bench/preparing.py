@@ -27,9 +27,9 @@ sys.path.insert(0, str(HOUSE))
 
 from kit import bins, corpora, overrides, tokens  # noqa: E402
 
-megabytes = 100             # of text, in each of the two files
+megabytes = 100             # >= 1: of text, in each of the two files
 tokenizer = 'gpt2'          # a name of tiktoken's; with --memory also char, byte, bpe
-turns = 5                   # of each
+turns = 5                   # >= 1: of each
 memory = False              # measure the memory instead, with 1 GB of text
 single = False              # with --memory: the text is one document, a .txt
 
@@ -110,7 +110,7 @@ def measure_memory(place):
           f'at most {peak / 2**20:.0f} MiB for all processes together')
 
 
-overrides.apply(globals(), ['megabytes >= 1', 'turns >= 1'])
+overrides.apply(globals())
 with tempfile.TemporaryDirectory() as temporary:
     if 'FLATGPT_MIRROR' in os.environ:
         os.environ['FLATGPT_MIRROR'] = os.path.abspath(os.environ['FLATGPT_MIRROR'])

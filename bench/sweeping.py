@@ -20,10 +20,10 @@ sys.path.insert(0, str(HOUSE))
 
 from kit import overrides  # noqa: E402
 
-turns = 2           # of each, in the order A B A B
-runs = 8            # in a turn
-max_iters = 20      # steps of a run
-overrides.apply(globals(), ['turns >= 1', 'runs >= 1', 'max_iters >= 10'])
+turns = 2           # >= 1: of each, in the order A B A B
+runs = 8            # >= 1: in a turn
+max_iters = 20      # >= 10: steps of a run
+overrides.apply(globals())
 
 CONFIG = f'config/train_shakespeare_char_cpu.py --max_iters={max_iters} --warmup_iters=2 --eval_iters=2'
 os.environ.setdefault('FLATGPT_MIRROR', str(HOUSE / 'data'))

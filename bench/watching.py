@@ -22,11 +22,11 @@ sys.path.insert(0, str(HOUSE))
 
 from kit import overrides  # noqa: E402
 
-runs = 5            # turns
+runs = 5            # >= 1: turns
 config = 'config/train_shakespeare_char_cpu.py'
 args = ''           # more settings for all, separated by spaces
-max_iters = 600     # steps of a turn
-overrides.apply(globals(), ['runs >= 1', 'max_iters >= 10'])
+max_iters = 600     # >= 10: steps of a turn
+overrides.apply(globals())
 
 VARIANTS = {
     'nothing': ['--tensorboard=False', '--log_interval=0'],

@@ -29,7 +29,7 @@ HOUSE = Path(__file__).resolve().parent.parent  # the folder that holds train.py
 
 TYPES = int, float, bool, str, type(None)  # of settings
 BOUND, WORD = r'-?\d[\d_]*(\.\d+)?(e-?\d+)?(\*\*\d+)?', r'[\w.-]+'
-NUMBER = re.compile(rf'[<>]=? {BOUND}|{BOUND} <=? x <=? {BOUND}')
+NUMBER = re.compile(rf'[<>]=? ?{BOUND}|{BOUND} ?<=? ?x ?<=? ?{BOUND}')
 TEXT = re.compile(rf'not empty|{WORD}(, {WORD})* or {WORD}')
 LAUNCH = 'this launch alone'  # so begins the heading of the settings that a resume does not take over
 
@@ -45,10 +45,11 @@ class Script:
     specs: dict     # name: Spec, of those whose comment begins with what they may be
     launch: set     # names of those that belong to one launch alone
     rules: list     # conditions between several of them, as apply takes them
+    unclear: list   # names of numbers whose comment does not begin so, and which are not checked
 
 
 given = set()  # names that this command line or one of its config files has set: a resumed run keeps those
-running = Script({}, {}, set(), ())  # the script that has called apply
+running = Script({}, {}, set(), (), [])  # the script that has called apply
 
 
 def fail(message):
@@ -94,6 +95,8 @@ def apply(settings, rules=(), operands=None):
     if not Path(settings.get('__file__', '')).is_file():
         print('WARNING: the source of this script is no file, so what its comments say of the settings is not checked')
     running = read_script(settings.get('__file__', ''), defaults, rules)
+    for name in running.unclear:
+        print(f'WARNING: {name} is not checked: its comment does not begin with what it may be, as in ">= 0: ..."')
     given.update(read_words(sys.argv[1:], settings, defaults, operands))
     config = {k: settings[k] for k in defaults}
     check_settings(running, config)
@@ -117,9 +120,10 @@ def read_script(path, settings=None, rules=None):
     first = {node.targets[0].id: node.end_lineno for node in reversed(nodes)}  # a script may assign to a name again
     lines = {name: first[name] for name in settings if name in first}
     specs = {name: read_spec(comments.get(line, ''), settings[name]) for name, line in lines.items()}
+    unclear = [name for name, spec in specs.items() if not spec and type(settings[name]) in (int, float)]
     heading = min((line for line, text in headings.items() if text.startswith(LAUNCH)), default=math.inf)
     launch = {name for name, line in lines.items() if line > heading}
-    return Script(settings, {name: spec for name, spec in specs.items() if spec}, launch, rules)
+    return Script(settings, {name: spec for name, spec in specs.items() if spec}, launch, rules, unclear)
 
 
 def read_source(path):
@@ -199,6 +203,8 @@ def adopt(config, saved, fixed=()):
     another value is a mistake. Returns the new config; every difference is printed.
     """
     config = dict(config)
+    if strange := [f'{name} = {value!r}' for name, value in saved.items() if name not in config]:
+        print(f'Not taken over, since this script has no such settings: {", ".join(strange)}')
     for name, value in saved.items():
         if name not in config or name in running.launch or type(value) is type(config[name]) and value == config[name]:
             continue

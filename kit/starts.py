@@ -21,6 +21,8 @@ def find(config, trains):
     config, saved, is_resume, past = find_tested(config) if config['test'] else find_start(config, trains)
     if config['objective'] == 'mlm' and not config['mask_prob']:
         config['mask_prob'] = 0.15  # as BERT's
+    if config['find_lr'] or past and past.series.get('lr'):
+        config['lr_by_norm'] = False  # these rates are used as they are
     return config, saved, is_resume, past
 
 

@@ -168,7 +168,8 @@ def test_mistakes_in_config_files(script, tmp_path, source, named):
     ('', 1, None),
     ('steps between them, >= 0', 1, None),
     ('>= 0, steps', 1, None),
-    ('>=0: steps', 1, None),
+    ('>=0: steps', 1, '>=0'),
+    ('0<=x<1: share', 1.0, '0<=x<1'),
     ('>= zero: steps', 1, None),
     ('0 <= y < 1: share', 1.0, None),
     ('1 > x >= 0: share', 1.0, None),
@@ -278,7 +279,7 @@ def test_what_is_checked(name):
         setting: text for text, settings in CHECKED[name].items() for setting in settings.split()}
 
 
-@pytest.mark.parametrize('name', SCRIPTS)
+@pytest.mark.parametrize('name', [*SCRIPTS, *(f'bench/{path.name}' for path in (HOUSE / 'bench').glob('*.py'))])
 def test_every_number_says_what_it_may_be(name):
     script = overrides.read_script(HOUSE / name)
     assert script.settings
@@ -313,7 +314,7 @@ def test_settings_without_a_source(monkeypatch):
     monkeypatch.setattr(overrides, 'given', set())
     for file in {}, {'__file__': 'nowhere.py'}, {'__file__': __file__}, {'__file__': str(HOUSE / 'train.py')}:
         assert overrides.apply({'n': 1} | file, ['n < 0']) == {'n': -3}
-    assert overrides.running == overrides.Script({'n': 1}, {}, set(), ['n < 0'])
+    assert overrides.running == overrides.Script({'n': 1}, {}, set(), ['n < 0'], [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +328,7 @@ def test_a_script_is_read_without_being_run(tmp_path):
         'config = overrides.apply(globals(), RULES)\nlater = 3\n')
     settings = {'batch_size': 12, 'rate': -1.5, 'nothing': None}
     assert overrides.read_script(tmp_path / 's.py') == overrides.Script(
-        settings, {'batch_size': ('> 1', 'rows')}, set(), ['rate < 0  # below'])
+        settings, {'batch_size': ('> 1', 'rows')}, set(), ['rate < 0  # below'], ['rate'])
     (tmp_path / 'c.py').write_text('batch_size = batch_size + 1\n')
     assert overrides.settings_of(tmp_path / 's.py', [str(tmp_path / 'c.py'), '--rate=-2']) == {
         'batch_size': 13, 'rate': -2.0, 'nothing': None}
@@ -350,14 +351,15 @@ def test_a_script_of_another_editor(tmp_path):
     """With a byte-order mark and the line ends of Windows, and a form feed, which ends no line."""
     source = '\ufeff"""Caf\u00e9"""\r\n\x0c\r\na = 1  # >= 0: \u00e9\r\noverrides.apply(globals())\r\n'
     (tmp_path / 's.py').write_bytes(source.encode())
-    assert overrides.read_script(tmp_path / 's.py') == overrides.Script({'a': 1}, {'a': ('>= 0', '\u00e9')}, set(), ())
+    assert overrides.read_script(tmp_path / 's.py') == overrides.Script(
+        {'a': 1}, {'a': ('>= 0', '\u00e9')}, set(), (), [])
 
 
 @pytest.mark.parametrize('source', [
     '', '"""overrides.apply(globals())"""\na = 1  # >= 0\n', 'def apply(a):\n    pass\n'])
 def test_a_file_that_is_no_script(tmp_path, source):
     (tmp_path / 's.py').write_text(source)
-    assert overrides.read_script(tmp_path / 's.py') == overrides.Script({}, {}, set(), ())
+    assert overrides.read_script(tmp_path / 's.py') == overrides.Script({}, {}, set(), (), [])
 
 
 @pytest.mark.parametrize('args, named', [
@@ -421,6 +423,18 @@ def test_a_script_without_a_file_says_that_little_is_checked(tmp_path):
     assert done.stdout.splitlines()[-1] == "{'batch_size': 0}"
 
 
+def test_a_number_whose_comment_says_nothing_is_told(script):
+    """It is not checked, and that is not silent."""
+    assert 'WARNING: learning_rate is not checked: its comment does not begin with what it may be' in script().out
+    assert script().out.count('WARNING') == 1
+
+
+def test_a_setting_that_is_gone_is_told(launched, capsys):
+    """A checkpoint of a script with one setting more."""
+    assert overrides.adopt(launched(), {'a': 2, 'my_noise': 0.5})['a'] == 2
+    assert 'since this script has no such settings: my_noise = 0.5' in capsys.readouterr().out
+
+
 def test_the_launch_settings_of_train():
     """They stand last."""
     script = overrides.read_script(HOUSE / 'train.py')
@@ -435,7 +449,8 @@ def launched(monkeypatch):
     """launched('a') makes a script of a few settings the running one, 'a' being given on its command line."""
     def launch(*given):
         settings = {'a': 1, 'b': 2.0, 'size': 0, 'out_dir': 'here'}
-        script = overrides.Script(settings, {'b': overrides.Spec('> 0', '')}, {'out_dir'}, ['a < 9  # it has', 'b < 9'])
+        script = overrides.Script(settings, {'b': overrides.Spec('> 0', '')}, {'out_dir'},
+                                  ['a < 9  # it has', 'b < 9'], [])
         monkeypatch.setattr(overrides, 'running', script)
         monkeypatch.setattr(overrides, 'given', set(given))
         return settings
@@ -443,7 +458,7 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize('given, saved, expected, line', [
-    ([], {'a': 5, 'b': 2.0, 'gone': 1}, {'a': 5}, 'From the checkpoint: a = 5'),
+    ([], {'a': 5, 'b': 2.0}, {'a': 5}, 'From the checkpoint: a = 5'),
     ([], {'b': 3}, {'b': 3.0}, 'From the checkpoint: b = 3.0'),
     (['a'], {'a': 5}, {}, 'Not from the checkpoint: a = 1 (it has 5)'),
     ([], {'out_dir': 'there'}, {}, ''),
