@@ -31,7 +31,7 @@ TYPES = int, float, bool, str, type(None)  # of settings
 BOUND, WORD = r'-?\d[\d_]*(\.\d+)?(e-?\d+)?(\*\*\d+)?', r'[\w.-]+'
 NUMBER = re.compile(rf'[<>]=? ?{BOUND}|{BOUND} ?<=? ?x ?<=? ?{BOUND}')
 TEXT = re.compile(rf'not empty|{WORD}(, {WORD})* or {WORD}')
-LAUNCH = 'this launch alone'  # so begins the heading of the settings that a resume does not take over
+LAUNCH = 'this launch alone'  # the heading of settings that a resume does not take over begins so; a blank line ends it
 
 
 class Spec(NamedTuple):
@@ -108,7 +108,7 @@ def read_script(path, settings=None, rules=None):
     The Script in a file, as its source has it: nothing of it is run. Its rules are a list there, or that of a module of
     kit: rules.TRAIN. settings, rules: those of a script that is running.
     """
-    nodes, comments, headings, rules_source = read_source(path)
+    nodes, comments, headings, blanks, rules_source = read_source(path)
     if settings is None:
         names = {}
         for node in nodes:
@@ -121,21 +121,25 @@ def read_script(path, settings=None, rules=None):
     lines = {name: first[name] for name in settings if name in first}
     specs = {name: read_spec(comments.get(line, ''), settings[name]) for name, line in lines.items()}
     unclear = [name for name, spec in specs.items() if not spec and type(settings[name]) in (int, float)]
-    heading = min((line for line, text in headings.items() if text.startswith(LAUNCH)), default=math.inf)
-    launch = {name for name, line in lines.items() if line > heading}
+    begin = min((line for line, text in headings.items() if text.startswith(LAUNCH)), default=math.inf)
+    end = min((line for line in blanks if line > begin), default=math.inf)
+    launch = {name for name, line in lines.items() if begin < line < end}
     return Script(settings, {name: spec for name, spec in specs.items() if spec}, launch, rules, unclear)
 
 
 def read_source(path):
     """
     What a script's source has down to its call of apply: the nodes of its assignments, {line: comment behind code},
-    {line: comment on a line of its own}, and the rules that the call is given. No file, or no call: nothing.
+    {line: comment on a line of its own}, the blank lines, and the rules that the call is given. Without file or call:
+    nothing.
     """
     lines = Path(path).read_bytes().splitlines(keepends=True) if Path(path).is_file() else []
-    comments, headings, code = {}, {}, ''
+    comments, headings, blanks, code = {}, {}, [], ''
     for token in tokenize.tokenize(iter(lines).__next__):
         if token.type == tokenize.COMMENT:
             (comments if token.start[1] else headings)[token.start[0]] = token.string.strip('# ')
+        elif token.type == tokenize.NL and not token.line.strip():
+            blanks.append(token.start[0])
         elif token.type in (tokenize.NAME, tokenize.OP):
             code += token.string
         elif token.type == tokenize.NEWLINE:
@@ -146,22 +150,32 @@ def read_source(path):
     calls = [n for node in nodes[-1:] for n in ast.walk(node)
              if isinstance(n, ast.Call) and getattr(n.func, 'attr', '') == 'apply']
     if not calls:
-        return [], {}, {}, '()'
+        return [], {}, {}, [], '()'
     rules = [*calls[0].args[1:2], *(word.value for word in calls[0].keywords if word.arg == 'rules')]
     nodes = [ast.copy_location(ast.Assign([node.target], node.value), node)  # seed: int = 1337
              if isinstance(node, ast.AnnAssign) and node.value else node for node in nodes[:-1]]
     nodes = [node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
-    return nodes, comments, headings, ast.unparse(rules[0]) if rules else '()'
+    return nodes, comments, headings, blanks, ast.unparse(rules[0]) if rules else '()'
 
 
 def read_spec(comment, default):
     """
     The Spec of a setting: its comment, or what stands before the first colon of it, as '>= 0' or '0 <= x < 1' for a
-    number and 'cut or drop', 'not empty' for a text. None where the comment begins with nothing of the kind.
+    number and, for a text, 'not empty' or 'cut or drop', of which its default is one. None where the comment begins
+    with nothing of the kind.
     """
     text, _, meaning = (part.strip() for part in comment.partition(':'))
     grammar = {int: NUMBER, float: NUMBER, str: TEXT}.get(type(default))
-    return Spec(text, meaning) if grammar and grammar.fullmatch(text) else None
+    if not grammar or not grammar.fullmatch(text):
+        return None
+    if isinstance(default, str) and text != 'not empty' and default not in choices_of(text):
+        return None  # words of another kind
+    return Spec(text, meaning)
+
+
+def choices_of(text):
+    """'cut or drop' -> ['cut', 'drop']."""
+    return re.split(', | or ', text)
 
 
 def settings_of(path, words):
@@ -242,7 +256,7 @@ def check_spec(name, value, spec):
     elif spec.text == 'not empty':
         if not value:
             fail(f"{name} = '': it must not be empty{meaning}")
-    elif value not in (choices := re.split(', | or ', spec.text)):
+    elif value not in (choices := choices_of(spec.text)):
         fail(f'{name} = {value!r}: it is one of {", ".join(choices)}{nearest(value, choices)}')
 
 
@@ -359,7 +373,7 @@ def print_help(settings, names):
     print(settings['__doc__'].strip())
     if names:
         print('\nsettings (--name=value, or in a config file):')
-    nodes, comments, headings, _ = read_source(settings['__file__'])
+    nodes, comments, headings, _, _ = read_source(settings['__file__'])
     first = {node.targets[0].id: node for node in reversed(nodes)}  # further down a script may assign to it again
     lines = {first[name].end_lineno: first[name] for name in names if name in first}
     for number in range(min(lines, default=1) - 1, max(lines, default=-1) + 1):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from kit import gradients
+from kit.overrides import fail
 
 NAMES = {'step': 'iter_num'}  # in a checkpoint, as nanoGPT has it; the others are called there as they are here
 # what a run that goes back over bad steps does not take back: its best lies on the disk, and it must not go back again
@@ -54,8 +55,16 @@ class RunState:
             key, old = NAMES.get(name, name), getattr(self, name)
             if key not in saved or name in but:
                 continue
-            if isinstance(old, torch.Tensor):
-                setattr(self, name, torch.tensor(saved[key], dtype=old.dtype, device=old.device))
-            else:
-                setattr(self, name, type(old)(saved[key]))
+            try:
+                setattr(self, name, like(old, saved[key]))
+            except (TypeError, ValueError, RuntimeError):
+                fail(f'the checkpoint has {key} = {saved[key]!r}, and no run goes on from that; take its weights alone: '
+                     '--init_from=FILE.pt')
         self.loaded_at = self.step
+
+
+def like(old, value):
+    """A plain value as what old is."""
+    if isinstance(old, torch.Tensor):
+        return torch.tensor(value, dtype=old.dtype, device=old.device)
+    return type(old)(value)

@@ -223,6 +223,14 @@ def test_a_state_stays_on_its_device():
     assert state.recent_norms.shape == (2,)
 
 
+@pytest.mark.parametrize('key, value', [('fitted_minutes', None), ('rewinds', 'x'), ('recent_norms', ['a']),
+                                        ('val_losses', 3.0), ('bad_steps', None)])
+def test_a_state_that_is_none_is_one_line(capsys, key, value):
+    with pytest.raises(SystemExit) as end:
+        RunState().take({key: value})
+    assert end.value.code == 2 and f'the checkpoint has {key} = {value!r}' in capsys.readouterr().err
+
+
 def test_a_field_more_is_one_line():
     @dataclass
     class More(RunState):

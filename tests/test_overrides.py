@@ -169,6 +169,8 @@ def test_mistakes_in_config_files(script, tmp_path, source, named):
     ('steps between them, >= 0', 1, None),
     ('>= 0, steps', 1, None),
     ('>=0: steps', 1, '>=0'),
+    ('big or small', 'a', None),
+    ('text or number: what it is', 'a', None),
     ('0<=x<1: share', 1.0, '0<=x<1'),
     ('>= zero: steps', 1, None),
     ('0 <= y < 1: share', 1.0, None),
@@ -407,12 +409,12 @@ exec(compile(open(__file__).read(), __file__, 'exec'))
 
 
 def test_which_settings_belong_to_a_launch(tmp_path):
-    """Those below a heading that begins so, whatever other comments stand between them."""
+    """Those below a heading that begins so, up to a blank line, whatever other comments stand between them."""
     (tmp_path / 's.py').write_text(
         '# the run\na = 1\n\n# this launch alone, and no other\nb = 1  # >= 0\n    # no heading\n_c = d = []\n'
-        'e = None\n\n# my own\n# g = 2\nf: int = 1  # >= 1\noverrides.apply(globals())\n')
+        'e = None\n# my own\n# g = 2\nf: int = 1  # >= 1\n\nh = 1\noverrides.apply(globals())\n')
     script = overrides.read_script(tmp_path / 's.py')
-    assert script.launch == {'b', 'e', 'f'} and list(script.settings) == ['a', 'b', 'e', 'f']
+    assert script.launch == {'b', 'e', 'f'} and list(script.settings) == ['a', 'b', 'e', 'f', 'h']
 
 
 def test_a_script_without_a_file_says_that_little_is_checked(tmp_path):
