@@ -58,8 +58,8 @@ class RunState:
             try:
                 setattr(self, name, like(old, saved[key]))
             except (TypeError, ValueError, RuntimeError):
-                fail(f'the checkpoint has {key} = {saved[key]!r}, and no run goes on from that; take its weights alone: '
-                     '--init_from=FILE.pt')
+                fail(f'the checkpoint has {key} = {saved[key]!r}, and no run goes on from that; take the weights '
+                     'alone: --init_from=FILE.pt')
         self.loaded_at = self.step
 
 
