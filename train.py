@@ -60,7 +60,7 @@ save_errors = 'warn'        # warn or stop: where a checkpoint cannot be written
 # where figures go, beside the console
 tensorboard = True          # to runs/
 wandb_log = False           # to Weights & Biases
-wandb_project = 'flatgpt'   # and its project there
+wandb_project = 'flatgpt'   # the project there
 wandb_run_name = ''         # '' = the name of out_dir
 # data
 dataset = 'python_docs'     # not empty: a folder in data/, see prepare.py; or several in fixed shares: a:0.7,b:0.3

@@ -556,7 +556,7 @@ def test_micro_steps_share_what_a_step_draws(byte_sets, monkeypatch):
     numbers, noise, n_targets = rows.of_step(8, 3, 5, 'shuffle', 1)
     assert np.array_equal(numbers, rows.draw(8, 3, 5, 'shuffle', 1))
     assert np.array_equal(noise, rows.noise(8, 3, 5, 1)) and n_targets == (rows.fetch(numbers, noise)[1] >= 0).sum()
-    assert rows.of_step(8, 3, 6, 'shuffle', 1)[1] is not noise and rows.of_step(8, 3, 5, 'shuffle', 1)[1] is noise
+    assert rows.of_step(8, 3, 5, 'shuffle', 1)[1] is noise and rows.of_step(8, 3, 6, 'shuffle', 1)[1] is not noise
 
 
 def test_noise_is_not_what_draws_rows():
