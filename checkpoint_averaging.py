@@ -13,7 +13,10 @@ from pathlib import Path
 
 import torch
 
-from kit import averages, checkpoints, devices, evaluation, overrides, readers
+from kit.base import devices, overrides
+from kit.data import readers
+from kit.state import averaging, checkpoints
+from kit.watch import evaluation
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,7 +47,7 @@ overrides.apply(globals(), [
 folder, output = Path(checkpoint_dir), Path(checkpoint_dir) / output_name
 if not folder.is_dir():
     overrides.fail(f'checkpoint_dir = {checkpoint_dir!r}: there is no such folder; train first, or name that of a run')
-found = averages.different_steps(folder, pattern)
+found = averaging.different_steps(folder, pattern)
 steps, paths = list(found), {step: path for step, (path, _) in found.items()}
 n_wanted = 1 if search and 'num_checkpoints' not in overrides.given else num_checkpoints
 if len(steps) < n_wanted:
@@ -96,7 +99,7 @@ def average(steps):
     total = sum(range(1, len(steps) + 1))
     shares = [(len(steps) - i) / total if method == 'linear' else 1 / len(steps) for i in range(len(steps))]
     try:
-        return averages.mean([paths[step] for step in steps], shares)
+        return averaging.mean([paths[step] for step in steps], shares)
     except (checkpoints.Damaged, ValueError) as error:
         overrides.fail(f'{error}; leave it out with --pattern, or take fewer')
 

@@ -11,7 +11,9 @@ $ python plot_loss.py --schedule config/train_gpt2.py       the learning rate of
 import shlex
 from pathlib import Path
 
-from kit import diagnosis, overrides, pictures, runlogs, schedules
+from kit.base import overrides
+from kit.learn import schedules
+from kit.watch import diagnosis, pictures, runlogs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings; the bare words are runs: their folders, or logs
@@ -39,7 +41,7 @@ if schedule:
         words = shlex.split(schedule)
     except ValueError as error:
         overrides.fail(f'schedule = {schedule!r}: {error}')
-    settings = overrides.settings_of(overrides.HOUSE / 'train.py', words)
+    settings = overrides.settings_of(overrides.ROOT / 'train.py', words)
     warmup = schedules.check(settings)
     rates = [schedules.rate(step, settings) for step in range(settings['max_iters'])]
     path, name = Path('schedule.png'), f'{schedule}: {settings["lr_schedule"] if settings["decay_lr"] else "constant"}'

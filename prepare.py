@@ -18,7 +18,8 @@ of them each is whole in train, val or test. Interrupted, it goes on with the sa
 
 import re
 
-from kit import corpora, overrides
+from kit.base import overrides
+from kit.data import corpora
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from kit import checkpoints, devices, overrides, pretrained, tokens
+from kit.base import devices, overrides
+from kit.data import tokens
+from kit.state import checkpoints, pretrained
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kit import overrides, searches, signals, trials
-from kit.journal import duration
+from kit.base import overrides, signals
+from kit.sweeps import searches, trials
+from kit.watch.journal import duration
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings; the bare word is the sweep file
@@ -46,7 +47,7 @@ if len(words) != 1:
     overrides.fail(f'one sweep file is needed, such as config/sweeps/rate_grid.py, and not {len(words)}')
 over_file = {name: value for name, value, unset in
              [('method', method, ''), ('seeds', seeds, 0), ('max_runs', max_runs, -1)] if value != unset}
-script = overrides.HOUSE / 'train.py'
+script = overrides.ROOT / 'train.py'
 sweep = trials.read(words[0], over_file, script)
 name = Path(words[0]).stem
 folder = Path(out_dir or f'sweeps/{name}')

@@ -17,37 +17,23 @@ import math
 
 import torch
 
-from kit import (
-    averages,
-    batches,
-    checkpoints,
-    devices,
-    errands,
-    evaluation,
-    gradients,
-    nan_hunt,
-    optimizers,
-    overrides,
-    ranks,
-    rate_finder,
-    readers,
-    replay,
-    rules,
-    schedules,
-    signals,
-    starts,
-)
-from kit.clock import Clock
-from kit.due import Due
-from kit.iter_line import IterLine
-from kit.journal import Journal
+from kit.base import devices, overrides, ranks, signals
+from kit.data import batches, readers
+from kit.learn import averages, gradients, optimizers, schedules
+from kit.run import ending, first_look, nan_hunt, rate_finder, replay, rules, starts, testing
+from kit.run.clock import Clock
+from kit.run.due import Due
+from kit.run.iter_line import IterLine
+from kit.state import checkpoints
+from kit.watch import evaluation, inside
+from kit.watch.journal import Journal
 from model import GPT, GPTConfig, default_heads
 
 journal = Journal()  # from here on every line that is printed also goes to training.log
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the defaults train a small model in about two minutes on two CPU cores. A comment begins with what a number
-# or a choice may be, up to the colon, and that is checked; conditions between settings are in kit/rules.py
+# or a choice may be, up to the colon, and that is checked; conditions between settings are in kit/run/rules.py
 
 # the run
 eval_interval = 400         # >= 0: steps between evaluations; 0 = only at the end
@@ -98,7 +84,7 @@ early_stop = 0              # >= 0: evaluations in a row without progress; 0 = n
 min_delta = 1e-4            # >= 0: what the val loss must fall by to be progress
 early_stop_norm = False     # or when the gradient has died or exploded, looked at with each evaluation
 # learning rate over the steps
-lr_schedule = 'cosine'      # or linear, step:1000, restarts:1000, wsd, plateau:3, ...: kit/schedules.py has them all
+lr_schedule = 'cosine'      # or linear, step:1000, restarts:1000, wsd, plateau:3, ...: see kit/learn/schedules.py
 decay_lr = True             # False: constant after the warmup
 warmup_iters = 100          # >= 0: steps of linear warmup, before any schedule
 warmup_share = 0.0          # 0 <= x < 1: or this share of max_iters
@@ -173,7 +159,7 @@ def get_batch(split, step, micro_step):
 
 
 if test:
-    errands.test(saved, lambda args: GPT(GPTConfig(**args)), weights, config, data, meta, device, dtype)
+    testing.measure(saved, lambda args: GPT(GPTConfig(**args)), weights, config, data, meta, device, dtype)
     ranks.leave()
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,10 +298,10 @@ if debug_nan:  # update calls the new get_batch, by its name
 if eval_only:
     evaluate()
     ranks.leave()
-seconds = errands.first_look(model, raw_model, *get_batch('train', state.step, 0)[:3], meta, device, dtype,
+seconds = first_look.show(model, raw_model, *get_batch('train', state.step, 0)[:3], meta, device, dtype,
                              dry_run and init_from == 'scratch' and not is_resume)
 if trains or dry_run:
-    errands.show_plan(config, state.step, warmup_steps, micro_steps * seconds, steps_per_epoch, data['train'])
+    first_look.plan(config, state.step, warmup_steps, micro_steps * seconds, steps_per_epoch, data['train'])
 if find_lr:
     rate_finder.run(update, state.step, bad_steps, find_lr_start, find_lr_end, out_dir)
 if inspect_step >= 0:
@@ -325,7 +311,7 @@ if not trains:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training: steps are numbered by the updates made so far, so step 0 is the untrained model and max_iters the last. What
-# is due at a step, and why a run ends, is decided in kit/due.py
+# is due at a step, and why a run ends, is decided in kit/run/due.py
 
 starts.begin(config, raw_model, data['train'], tokens_per_step, warmup_steps, state, is_resume, is_other_text, journal)
 iter_line = IterLine(raw_model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, device, dtype)
@@ -349,7 +335,7 @@ while True:
         due.saved(is_saved)
         clock.took('save')
     if due.evaluation:  # pictures come last: they draw random numbers, and a checkpoint holds the generators' states
-        errands.show_inside(journal, state.step, averages.smoothed(raw_model, average), data['val'], meta, device,
+        inside.show(journal, state.step, averages.smoothed(raw_model, average), data['val'], meta, device,
                             due.is_last)
         clock.took('evaluation', n=0)
     if due.end:
@@ -373,7 +359,7 @@ while True:
 # ---------------------------------------------------------------------------------------------------------------------
 # what came of it
 
-status = errands.finish(due, config, averages.smoothed(raw_model, average), data['val'], meta, journal.history, device,
+status = ending.finish(due, config, averages.smoothed(raw_model, average), data['val'], meta, journal.history, device,
                         dtype)
 journal.close()
 ranks.leave(status)

@@ -6,7 +6,7 @@ $ python bench/averaging.py --checkpoints_to_average=2 --n_layer=4 --n_embd=256
 
 raw:     every byte of the model's tensors is read once, by the system's calls, into one buffer
 torch:   the same tensors are read by torch.load, file by file
-average: kit.averages.mean, checksums included
+average: kit.learn.averaging.mean, checksums included
 
 Each in a process of its own, in turns, with the files dropped from the system's cache before each turn (Linux), and
 then with the files in it.
@@ -20,13 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
-HOUSE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOUSE))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-from kit import averages, checkpoints, overrides  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from kit.base import overrides
+from kit.state import averaging, checkpoints
+from model import GPT, GPTConfig
 
 checkpoints_to_average = 8  # >= 1: how many
 n_layer = 12                # >= 1: GPT-2 124M
@@ -63,7 +64,7 @@ def read_by_torch(paths):
 
 
 def average(paths):
-    averages.mean(paths, [1 / len(paths)] * len(paths))
+    averaging.mean(paths, [1 / len(paths)] * len(paths))
 
 
 def anonymous_bytes(pid):

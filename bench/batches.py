@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-HOUSE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOUSE))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from kit import devices, overrides, readers  # noqa: E402
+from kit.base import devices, overrides
+from kit.data import readers
 
 nanogpt = ''                # the folder of a nanoGPT checkout
 turns = 5                   # >= 1: of each

@@ -17,9 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-HOUSE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOUSE))
-from kit import overrides, tokens  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from kit.base import overrides
+from kit.data import tokens
 
 nanogpt = ''                # not empty: the folder of a nanoGPT checkout, --nanogpt=FOLDER
 runs = 7                    # >= 1: of each
@@ -49,7 +50,7 @@ def measure(folder, out_dir):
 
 
 os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # no launch but the first compiles what it imports
-sides = {'flatGPT': HOUSE, 'nanoGPT': Path(nanogpt)}
+sides = {'flatGPT': ROOT, 'nanoGPT': Path(nanogpt)}
 for name in 'train.bin', 'val.bin', 'meta.pkl':
     shutil.copy(tokens.dataset_folder('shakespeare_char') / name, Path(nanogpt) / 'data/shakespeare_char')
 found = {name: [] for name in sides}

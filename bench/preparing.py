@@ -22,10 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
-HOUSE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOUSE))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from kit import bins, corpora, overrides, tokens  # noqa: E402
+from kit.base import overrides
+from kit.data import bins, corpora, tokens
 
 megabytes = 100             # >= 1: of text, in each of the two files
 tokenizer = 'gpt2'          # a name of tiktoken's; with --memory also char, byte, bpe
@@ -98,7 +99,7 @@ def measure_memory(place):
     path = place / ('text.txt' if single else 'text.jsonl')
     write_documents(path, 2000, 10**9)
     start, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, HOUSE / 'prepare.py', f'--input={path}', '--dataset=made',
+    process = subprocess.Popen([sys.executable, ROOT / 'prepare.py', f'--input={path}', '--dataset=made',
                                 f'--tokenizer={tokenizer}'])
     while process.poll() is None:
         try:

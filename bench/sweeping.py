@@ -15,10 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-HOUSE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOUSE))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from kit import overrides  # noqa: E402
+from kit.base import overrides
 
 turns = 2           # >= 1: of each, in the order A B A B
 runs = 8            # >= 1: in a turn
@@ -26,19 +26,19 @@ max_iters = 20      # >= 10: steps of a run
 overrides.apply(globals())
 
 CONFIG = f'config/train_shakespeare_char_cpu.py --max_iters={max_iters} --warmup_iters=2 --eval_iters=2'
-os.environ.setdefault('FLATGPT_MIRROR', str(HOUSE / 'data'))
+os.environ.setdefault('FLATGPT_MIRROR', str(ROOT / 'data'))
 
 
 def by_hand(folder):
     for seed in range(1337, 1337 + runs):
-        subprocess.run([sys.executable, str(HOUSE / 'train.py'), *CONFIG.split(), '--tensorboard=False',
+        subprocess.run([sys.executable, str(ROOT / 'train.py'), *CONFIG.split(), '--tensorboard=False',
                         '--save_interval=0', f'--seed={seed}', f'--out_dir={seed}'], cwd=folder, check=True,
                        stdout=subprocess.DEVNULL)
 
 
 def by_sweep(folder):
     (Path(folder) / 'bench.py').write_text(f'config = {CONFIG!r}\nseeds = {runs}\n')
-    subprocess.run([sys.executable, str(HOUSE / 'sweep.py'), 'bench.py', '--jobs=1'], cwd=folder, check=True,
+    subprocess.run([sys.executable, str(ROOT / 'sweep.py'), 'bench.py', '--jobs=1'], cwd=folder, check=True,
                    stdout=subprocess.DEVNULL)
 
 

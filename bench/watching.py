@@ -17,10 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-HOUSE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOUSE))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from kit import overrides  # noqa: E402
+from kit.base import overrides
 
 runs = 5            # >= 1: turns
 config = 'config/train_shakespeare_char_cpu.py'
@@ -39,7 +39,7 @@ VARIANTS = {
 def turn(settings):
     """(wall seconds of the training, CPU seconds of the process)."""
     folder = tempfile.mkdtemp()
-    command = [sys.executable, str(HOUSE / 'train.py'), config, f'--max_iters={max_iters}', '--save_interval=0',
+    command = [sys.executable, str(ROOT / 'train.py'), config, f'--max_iters={max_iters}', '--save_interval=0',
                *args.split(), *settings]
     before = os.times()
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, bufsize=1)
@@ -55,7 +55,7 @@ def turn(settings):
     return end - start, after.children_user + after.children_system - before.children_user - before.children_system
 
 
-os.environ.setdefault('FLATGPT_MIRROR', str(HOUSE / 'data'))
+os.environ.setdefault('FLATGPT_MIRROR', str(ROOT / 'data'))
 figures = {name: [] for name in VARIANTS}
 for i in range(runs):
     for name in list(VARIANTS)[::1 if i % 2 else -1]:

@@ -1,1 +1,1 @@
-"""The rooms behind the scripts. Each can be read alone; none knows a script's settings or the model's insides."""
+"""What stands behind the scripts. Imports go down only: run and sweeps, state, learn, watch, data, base."""

@@ -21,11 +21,12 @@ from pathlib import Path
 os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: threads would not come along into a fork
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-import torch  # noqa: E402
-import zygote  # noqa: E402
-from conftest import OF_THE_MACHINE, some_text  # noqa: E402
+import torch
+import zygote
+from conftest import OF_THE_MACHINE, some_text
 
-from kit import checkpoints, overrides  # noqa: E402
+from kit.base import overrides
+from kit.state import checkpoints
 
 # a save at every tenth step, of a model that is large enough for a save to take a good part of the time
 SETTINGS = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=128', '--block_size=16', '--batch_size=4',

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-HOUSE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOUSE))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 MIRROR = Path(os.environ.get('FLATGPT_MIRROR', 'nowhere'))
 needs_mirror = pytest.mark.skipif(not (MIRROR / 'tinyshakespeare.txt').is_file(),
@@ -38,7 +38,7 @@ class Result:
 @pytest.fixture(scope='session')
 def zygote():
     # one thread: models this small gain nothing from more, and threads that wait for each other starve a busy machine
-    process = subprocess.Popen([sys.executable, str(HOUSE / 'tests' / 'zygote.py')], text=True, stdin=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, str(ROOT / 'tests' / 'zygote.py')], text=True, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, env=os.environ | {'OMP_NUM_THREADS': '1'})
     yield process
     process.stdin.close()
@@ -63,7 +63,7 @@ def run(zygote, tmp_path):
     """run('train.py', '--max_iters=3', cwd=..., env={...}) -> Result. Without cwd, in this test's own folder."""
     def launch(script, *args, cwd=tmp_path, env=None):
         env = {k: v for k, v in os.environ.items() if k != 'FLATGPT_MIRROR'} | (env or {})
-        script = str(HOUSE / script)
+        script = str(ROOT / script)
         if not hasattr(os, 'fork'):
             done = subprocess.run([sys.executable, script, *map(str, args)], cwd=cwd, env=env, text=True,
                                   capture_output=True, encoding='utf-8', stdin=subprocess.DEVNULL)
@@ -146,12 +146,12 @@ def hooked(run, tiny):
 def hooked_script(folder, code):
     """train.py with some code before it, as a script."""
     script = folder / 'hooked.py'
-    script.write_text(f'import sys; sys.path.insert(0, {str(HOUSE)!r}); __file__ = {str(HOUSE / "train.py")!r}\n'
+    script.write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); __file__ = {str(ROOT / "train.py")!r}\n'
                       f'{code}\nexec(compile(open(__file__).read(), __file__, "exec"))\n')
     return script
 
 
-def torchrun(folder, *args, script=HOUSE / 'train.py'):
+def torchrun(folder, *args, script=ROOT / 'train.py'):
     """train.py as two processes."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                str(script), '--dataset=tiny', *TINY, *args]
@@ -166,7 +166,7 @@ def pair(zygote, tiny):
     pair('--max_iters=3') -> Result: what torchrun() does, in a second instead of ten. The zygote runs both, in the
     environment that torchrun gives to its workers. What is about torchrun itself, or how it ends them, goes through it.
     """
-    def launch(*args, script=HOUSE / 'train.py'):
+    def launch(*args, script=ROOT / 'train.py'):
         if not hasattr(os, 'fork'):
             return torchrun(tiny, *args, script=script)
         from torch.distributed import TCPStore
@@ -182,7 +182,7 @@ def pair(zygote, tiny):
 
 def fetch(reader, rows):
     """x, y and documents of these rows of one reader."""
-    from kit import readers
+    from kit.data import readers
     return readers.Rows(['alone'], [reader], [1.0]).fetch(rows)
 
 

@@ -7,10 +7,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import HOUSE, TINY, copy_folder
+from conftest import ROOT, TINY, copy_folder
 from conftest import run as run_of_conftest
 
-from kit import averages, checkpoints, evaluation, readers, tokens
+from kit.data import readers, tokens
+from kit.learn import averages
+from kit.state import averaging, checkpoints
+from kit.watch import evaluation
 from model import GPT, GPTConfig
 
 
@@ -247,9 +250,9 @@ def test_a_full_disk(run, folder):
     """The average is refused, not half written."""
     pytest.importorskip('resource')
     script = folder.parent / 'limited.py'
-    script.write_text(f'import resource, sys; sys.path.insert(0, {str(HOUSE)!r})\n'
+    script.write_text(f'import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n'
                       'resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n'
-                      f'__file__ = {str(HOUSE / "checkpoint_averaging.py")!r}\nexec(open(__file__).read())\n')
+                      f'__file__ = {str(ROOT / "checkpoint_averaging.py")!r}\nexec(open(__file__).read())\n')
     result = run(script)
     assert result.status == 1 and result.err.count('\n') == 1 and 'no checkpoint was saved' in result.err, result.err
     assert not (folder / 'averaged_model.pt').exists() and not list(folder.glob('.averaged*'))
@@ -260,7 +263,7 @@ def test_sums_are_taken_in_float64(dtype):
     torch.manual_seed(0)
     tensors = [(torch.randn(700, 500) * 10 ** (i % 3)).to(dtype).t() for i in range(8)]  # larger than a piece, strided
     expected = sum(tensor.double() / 8 for tensor in tensors).to(dtype)
-    found = averages.weighted_sum(tensors, [1 / 8] * 8)
+    found = averaging.weighted_sum(tensors, [1 / 8] * 8)
     assert found.dtype == dtype and found.shape == (500, 700) and torch.equal(found, expected)
 
 

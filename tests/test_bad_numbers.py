@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import hooked_script, losses, records
 
-from kit import batches
+from kit.data import batches
 
 # the loss, or one gradient, of some steps is spoilt; which step it is, the seed of the step tells
 SPOIL = '''
 import os, torch, model
-from kit import batches
+from kit.data import batches
 NOW, SOUND_SEED, SOUND_FORWARD = [0], batches.torch_seed, model.GPT.forward
 def torch_seed(seed, step, rank):
     NOW[0] = step if len(NOW) == 1 else -1
@@ -28,7 +28,8 @@ batches.torch_seed, model.GPT.forward = torch_seed, forward
 '''
 # the same steps, whole, but for an optimizer and an average that are not called
 LEAVE_OUT = '''
-from kit import batches, optimizers
+from kit.data import batches
+from kit.learn import optimizers
 from torch.optim.swa_utils import AveragedModel
 NOW, SOUND_SEED, SOUND_STEP, SOUND_UPDATE = [0], batches.torch_seed, optimizers.step, AveragedModel.update_parameters
 def torch_seed(seed, step, rank):
@@ -42,7 +43,7 @@ AveragedModel.update_parameters = lambda *args: SOUND_UPDATE(*args) if NOW[0] no
 
 # nothing is bad any more once the run has gone back
 NO_MORE = '''
-from kit import checkpoints
+from kit.state import checkpoints
 SOUND_BEFORE = checkpoints.before
 def before(*args):
     NOW.clear(), NOW.append(-1), NOW.append('no more')
@@ -200,7 +201,7 @@ def test_where_there_is_nothing_to_go_back_to_the_text_changes(hooked, tiny):
 def test_a_rewound_run_is_resumed_exactly(hooked, tiny):
     """Stopped by a signal after it went back; the count of rewinds comes with the checkpoint."""
     bad = 'SEEN = []\n' + spoil(range(6, 9)).replace('NOW[0] in {', 'not SEEN and NOW[0] in {')
-    bad += ('\nfrom kit import checkpoints\nSOUND_BEFORE = checkpoints.before\n'
+    bad += ('\nfrom kit.state import checkpoints\nSOUND_BEFORE = checkpoints.before\n'
             'def before(*args):\n    SEEN.append(1)\n    return SOUND_BEFORE(*args)\ncheckpoints.before = before\n')
     args = '--max_bad_steps=3', '--max_iters=14', '--dropout=0.1'
     whole = hooked(bad, *args, '--out_dir=whole')

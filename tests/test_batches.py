@@ -7,7 +7,7 @@ from conftest import fetch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit import batches, readers
+from kit.data import batches, readers
 
 sizes = given(n_tokens=st.integers(2, 400), block_size=st.integers(1, 40), rows=st.integers(1, 30),
               seed=st.integers(0, 5), step=st.integers(0, 50))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit import checkpoints
+from kit.state import checkpoints
 
 
 def state(step, loss=2.0):

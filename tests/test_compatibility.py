@@ -102,7 +102,7 @@ def hugging(tmp_path_factory):
 
 
 def test_logits_are_those_of_transformers(hugging):
-    from kit import pretrained
+    from kit.state import pretrained
     folder, theirs = hugging
     loaded = pretrained.load(str(folder))
     ours = GPT(GPTConfig(**loaded['model_args'])).eval()
@@ -114,7 +114,7 @@ def test_logits_are_those_of_transformers(hugging):
 
 def test_old_folders_with_pickled_weights(hugging, tmp_path):
     """pytorch_model.bin, names without the prefix, with masks, as the first GPT-2 files had them."""
-    from kit import pretrained
+    from kit.state import pretrained
     folder, theirs = hugging
     state = {name.removeprefix('transformer.'): value for name, value in theirs.state_dict().items()}
     del state['lm_head.weight']

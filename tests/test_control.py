@@ -7,14 +7,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import HOUSE, losses, records
+from conftest import ROOT, losses, records
 from test_resume import SEND
 
-import kit.clock
-from kit import diagnosis, gradients, overrides, schedules
-from kit.clock import Clock
-from kit.due import Due
-from kit.run_state import RunState
+import kit.run.clock
+from kit.base import overrides
+from kit.learn import gradients, schedules
+from kit.run.clock import Clock
+from kit.run.due import Due
+from kit.run.run_state import RunState
+from kit.watch import diagnosis
 
 STILL = '--learning_rate=1e-9', '--min_lr=0', '--eval_interval=1', '--max_iters=99'  # nothing moves
 
@@ -45,7 +47,7 @@ def test_stopped_by_the_gradient(norms, words):
     assert words in found and bool(words) == bool(found)
 
 
-STUCK = ('from kit import evaluation\nsound = evaluation.measure\n'
+STUCK = ('from kit.watch import evaluation\nsound = evaluation.measure\n'
          'evaluation.measure = lambda *args: (3.0, sound(*args)[1])\n')
 
 
@@ -71,7 +73,7 @@ def test_no_early_stop_at_the_end(hooked):
 
 def test_a_resume_stops_where_the_whole_run_would(hooked, train):
     """The norms are looked at with the evaluations alone: a resume from between them is no evaluation."""
-    code = ('from kit import gradients\nimport torch\ngradients.RECENT = 4\ntrue_norms, n = gradients.norms, []\n'
+    code = ('from kit.learn import gradients\nimport torch\ngradients.RECENT = 4\ntrue_norms, n = gradients.norms, []\n'
             'def norms(model):\n    found = true_norms(model)\n    n.append(1)\n'
             '    return found * (1e4 if len(n) + PART == 6 else 1)\n'
             'gradients.norms = norms\n')
@@ -83,7 +85,7 @@ def test_a_resume_stops_where_the_whole_run_would(hooked, train):
 
 def test_the_best_is_what_the_sample_is_of(hooked, tiny):
     """The last evaluations are made worse; at the end the model has the weights of best.pt."""
-    code = ('from kit import errands, evaluation\nsound, n = evaluation.measure, []\n'
+    code = ('from kit.watch import evaluation, samples\nsound, n = evaluation.measure, []\n'
             'def measure(*args):\n    n.append(1)\n    loss, accuracy = sound(*args)\n'
             '    return loss + len(n) * (len(n) > 6), accuracy\n'
             'evaluation.measure = measure\n'
@@ -91,13 +93,14 @@ def test_the_best_is_what_the_sample_is_of(hooked, tiny):
             '    best = torch.load("checkpoints/best.pt", weights_only=True)\n'
             '    print("best:", best["iter_num"], all(torch.equal(v, best["model"][k]) for k, v in '
             'model.state_dict().items()))\n'
-            'errands.show_sample = show_sample\n')
+            'samples.show = show_sample\n')
     result = hooked(code, '--early_stop=2', '--eval_interval=1')
     assert result.status == 0 and 'best: 2 True' in result.out, result.out + result.err
 
 
 def test_early_stop_by_the_norm_in_a_run(hooked):
-    code = 'from kit import diagnosis, gradients\ngradients.RECENT, diagnosis.NORM_LOW = 4, 1e9\n'
+    code = 'from kit.learn import gradients\nfrom kit.watch import diagnosis\n' \
+           'gradients.RECENT, diagnosis.NORM_LOW = 4, 1e9\n'
     result = hooked(code, '--early_stop_norm')
     assert list(losses(result)) == [0, 1, 2, 3, 4] and 'early_stop_norm: the gradient has died' in result.out
 
@@ -121,7 +124,7 @@ class Time:
 def run_with(now, minutes, step_seconds, evaluation=7.0, save=2.0, slower=1.0, first=20, eval_interval=100,
              save_interval=50, max_iters=1_000_000):
     """train.py's loop in time alone: (steps made, steps that were to be made, seconds taken, steps saved)."""
-    settings = overrides.settings_of(HOUSE / 'train.py', [
+    settings = overrides.settings_of(ROOT / 'train.py', [
         f'--max_minutes={minutes}', '--always_save_checkpoint=False', f'--max_iters={max_iters}',
         f'--eval_interval={eval_interval}', f'--save_interval={save_interval}'])
     state, clock, start, saved = RunState(), Clock(minutes, torch.device('cpu')), now.now, []
@@ -150,7 +153,7 @@ def run_with(now, minutes, step_seconds, evaluation=7.0, save=2.0, slower=1.0, f
 @pytest.fixture
 def clock(monkeypatch):
     clock = Time()
-    monkeypatch.setattr(kit.clock, 'time', clock)
+    monkeypatch.setattr(kit.run.clock, 'time', clock)
     monkeypatch.setattr(psutil.Process, 'create_time', lambda self: clock.now)
     return clock
 
@@ -248,7 +251,7 @@ def test_adaptive_limit_is_the_quantile():
     assert gradients.clip_limit(recent, 1.5, 0.0) == 1.5 and gradients.clip_limit(recent, 0.0, 0.0) == math.inf
 
 
-SEEN = ('from kit import optimizers\nimport torch\nsound = optimizers.step\n'
+SEEN = ('from kit.learn import optimizers\nimport torch\nsound = optimizers.step\n'
         'def step(optimizer, is_good):\n    grads = [p.grad for g in optimizer.param_groups for p in g["params"]]\n'
         '    print("seen", torch.nn.utils.get_total_norm(grads).item(), max(g.abs().max().item() for g in grads))\n'
         '    return sound(optimizer, is_good)\n'

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import MIRROR, TINY, needs_mirror, some_text
 
-from kit import corpora, downloads, tokens
+from kit.data import corpora, downloads, tokens
 
 
 def ids(folder, split):
@@ -83,9 +83,9 @@ def test_overwrite(run, tiny):
 
 def test_a_missing_small_dataset_is_prepared(run, tmp_path):
     clone = tmp_path / 'clone'  # a fresh one, without datasets
-    shutil.copytree(corpora.HOUSE / 'kit', clone / 'kit')
+    shutil.copytree(corpora.ROOT / 'kit', clone / 'kit')
     for script in 'train.py', 'model.py':
-        shutil.copy(corpora.HOUSE / script, clone)
+        shutil.copy(corpora.ROOT / script, clone)
     result = run(clone / 'train.py', *TINY, '--dry_run', cwd=clone)
     assert result.status == 0 and 'preparing the dataset python_docs' in result.out, result.err
     assert tokens.read_dataset(clone / 'data/python_docs')
@@ -205,9 +205,9 @@ def test_openwebtext_streams_and_survives_interruption(run, tmp_path):
     (tmp_path / 'fake/datasets.py').write_text(FAKE_DATASETS)
     env = {'PYTHONPATH': str(tmp_path / 'fake'), 'FLATGPT_MIRROR': str(MIRROR)}
     script = tmp_path / 'prepare_with_fake.py'
-    script.write_text(f'import sys; sys.path[:0] = [{str(tmp_path / "fake")!r}, {str(corpora.HOUSE)!r}]\n'
-                      'from kit import bins; bins.BATCH, bins.N_THREADS, bins.NOTE_EVERY = 16_000, 1, -1\n'
-                      f'exec(open({str(corpora.HOUSE / "prepare.py")!r}).read())')
+    script.write_text(f'import sys; sys.path[:0] = [{str(tmp_path / "fake")!r}, {str(corpora.ROOT)!r}]\n'
+                      'from kit.data import bins; bins.BATCH, bins.N_THREADS, bins.NOTE_EVERY = 16_000, 1, -1\n'
+                      f'exec(open({str(corpora.ROOT / "prepare.py")!r}).read())')
     for stop in '12345', '21000':
         assert run(script, 'openwebtext', env=env | {'STOP_AT': stop}).status == 9
         assert not (tmp_path / 'data/openwebtext/train.bin').exists()  # not taken for whole

@@ -14,7 +14,8 @@ import zipfile
 import pytest
 import torch
 
-from kit import checkpoints, tokens
+from kit.data import tokens
+from kit.state import checkpoints
 
 
 def equal(a, b):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import hooked_script, some_text
 
-from kit import diagnosis, runlogs
-from kit.diagnosis import History
+from kit.watch import diagnosis, runlogs
+from kit.watch.diagnosis import History
 
 BASE = ['--n_layer=2', '--n_head=2', '--n_embd=48', '--block_size=32', '--batch_size=8', '--max_iters=400',
         '--warmup_iters=40', '--learning_rate=3e-3', '--min_lr=3e-4', '--log_interval=5', '--eval_interval=50',
@@ -19,7 +19,7 @@ BASE = ['--n_layer=2', '--n_head=2', '--n_embd=48', '--block_size=32', '--batch_
 # what is planted: into the model as it is made, into every forward pass, into a step
 IN_INIT = """
 import model, torch
-from kit import batches
+from kit.data import batches
 AT_STEP_50 = batches.torch_seed(1337, 50, 0)  # the generator's seed in that step alone
 init = model.GPT.__init__
 def planted(self, config):
@@ -49,7 +49,7 @@ NAN_IN_BACKWARD = """
 """
 NAN_IN_LOSS = """
 import torch
-from kit import batches
+from kit.data import batches
 cross_entropy = torch.nn.functional.cross_entropy
 def planted(*args, **kwargs):
     loss = cross_entropy(*args, **kwargs)
@@ -57,7 +57,7 @@ def planted(*args, **kwargs):
 torch.nn.functional.cross_entropy = planted
 """
 ID_IN_DATA = """
-from kit import batches, readers
+from kit.data import batches, readers
 read = readers.Windows.read
 def planted(self, starts):
     tokens = read(self, starts)
@@ -68,7 +68,7 @@ readers.Windows.read = planted
 """
 SLOW_DATA = """
 import time
-from kit import devices
+from kit.base import devices
 send = devices.send
 devices.send = lambda array, device: (
     time.sleep(0.015 if array is not None and len(array) == 8 else 0), send(array, device))[1]  # x, then y

@@ -10,10 +10,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import HOUSE, MIRROR, TINY, needs_mirror, some_text
+from conftest import MIRROR, ROOT, TINY, needs_mirror, some_text
 from tqdm import tqdm
 
-from kit import bins, documents, tokens
+from kit.data import bins, documents, tokens
 
 END = tokens.END
 # what is hard: quotes, tabs, line breaks of all kinds, an empty one, END as text, characters of one to four bytes
@@ -33,8 +33,8 @@ def prepare(run, place):
     """prepare('--input=x', code='') -> Result, of a launch that has to succeed; code is run before the script."""
     def launch(*args, code='', env=None, status=0):
         script = place / 'prepare_hooked.py'
-        script.write_text(f'import sys; sys.path.insert(0, {str(HOUSE)!r})\n{code}\n'
-                          f'exec(open({str(HOUSE / "prepare.py")!r}).read())')
+        script.write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}\n'
+                          f'exec(open({str(ROOT / "prepare.py")!r}).read())')
         result = run(script if code else 'prepare.py', '--dataset=x', *args, env=env)
         assert result.status in (status, 9), result.err  # 9: cut off by the code
         return result
@@ -152,7 +152,7 @@ def test_a_vocabulary_is_taken_over(prepare, run, place):
 def test_a_large_text_is_cut_where_no_token_is(prepare, place, line_end, monkeypatch):
     text = (MIRROR / 'tinyshakespeare.txt').read_text()[:300_000] + '\u4e16\u754c\uff0c ' * 200 + ODD[4]
     (place / 'x.txt').write_bytes(('\ufeff' + text).replace('\n', line_end).encode())
-    small = 'from kit import bins, documents; documents.BLOCK = 997; bins.BATCH = 1'
+    small = 'from kit.data import bins, documents; documents.BLOCK = 997; bins.BATCH = 1'
     result = prepare('--input=x.txt', '--tokenizer=gpt2', code=small, env={'FLATGPT_MIRROR': str(MIRROR)})
     whole = tokens.tiktoken_encoding('gpt2').encode_ordinary(text)
     data, meta = tokens.read_dataset(place / 'data/x')
@@ -386,7 +386,7 @@ def test_packages_that_are_not_there(prepare, place, name, package):
 
 # many batches, notes and files in little text
 SMALL_STEPS = """
-from kit import bins, documents
+from kit.data import bins, documents
 bins.BATCH, bins.N_THREADS, bins.NOTE_EVERY, bins.RAW_SHARD, bins.CHUNK, documents.BLOCK = 1500, 2, -1, 4000, 1000, 700
 """
 # after so many of the calls that change something, the power goes; in append when half is written
@@ -488,14 +488,14 @@ def test_ctrl_c(place):
     """The real signal: one line, and the same command goes on."""
     write_jsonl(place / 'x.jsonl', DOCUMENTS)
     (place / 'cut.py').write_text(
-        f'import os, signal, sys; sys.path.insert(0, {str(HOUSE)!r})\n{SMALL_STEPS}'
+        f'import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n{SMALL_STEPS}'
         'signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # a shell's background job ignores it
         'store = bins.append\n'
         'def append(folder, stem, ids, start, size):\n'
         '    if start > 8000: os.kill(os.getpid(), signal.SIGINT)\n'
         '    return store(folder, stem, ids, start, size)\n'
         'bins.append = append\n'
-        f'exec(open({str(HOUSE / "prepare.py")!r}).read())')
+        f'exec(open({str(ROOT / "prepare.py")!r}).read())')
     command = ['--input=x.jsonl', '--dataset=x']
     cut = subprocess.run([sys.executable, 'cut.py', *command], cwd=place, capture_output=True, text=True)
     assert cut.returncode and cut.stderr == 'cut.py: interrupted\n' and not tokens.exists(place / 'data/x')

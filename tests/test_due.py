@@ -5,17 +5,18 @@ from dataclasses import dataclass, fields
 
 import pytest
 import torch
-from conftest import HOUSE
+from conftest import ROOT
 
-from kit import gradients, overrides
-from kit.due import BAD_STEPS, LAST_STEP, Due
-from kit.run_state import KEPT, RunState
+from kit.base import overrides
+from kit.learn import gradients
+from kit.run.due import BAD_STEPS, LAST_STEP, Due
+from kit.run.run_state import KEPT, RunState
 
 TEN = ['--max_iters=10', '--eval_interval=4', '--save_interval=3', '--log_interval=5']
 
 
 def settings(*args):
-    return overrides.settings_of(HOUSE / 'train.py', [*TEN, *args])
+    return overrides.settings_of(ROOT / 'train.py', [*TEN, *args])
 
 
 def run(*args, state=None, losses=None, signals=None, up_at=None, failing=(), bad=()):

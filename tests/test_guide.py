@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import HOUSE, losses
+from conftest import ROOT, losses
 
 CHAR = 'config/train_shakespeare_char.py'
 COMMANDS = f"""
@@ -64,9 +64,9 @@ def test_accumulation_equals_the_large_batch(run, shakespeare):
 def test_the_first_command(run, tmp_path):
     """python train.py in a fresh clone: ten checkpoints, each whole, and text of its own."""
     clone = tmp_path / 'clone'
-    shutil.copytree(HOUSE / 'kit', clone / 'kit')
+    shutil.copytree(ROOT / 'kit', clone / 'kit')
     for script in 'train.py', 'model.py', 'sample.py', 'plot_loss.py':
-        shutil.copy(HOUSE / script, clone)
+        shutil.copy(ROOT / script, clone)
     result = run(clone / 'train.py', cwd=clone)
     assert result.status == 0 and 'a sample of its own' in result.out, result.err
     kept = sorted((clone / 'checkpoints').glob('step_*.pt'))

@@ -4,14 +4,15 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HOUSE
+from conftest import ROOT
 
-from kit import overrides, rules
+from kit.base import overrides
+from kit.run import rules
 
 SCRIPT = '''"""A script."""
 import sys
 sys.path.insert(0, {house!r})
-from kit import overrides
+from kit.base import overrides
 
 # a group
 batch_size = 12             # >= 1: rows in a batch
@@ -34,7 +35,7 @@ def script(run, tmp_path):
     path = tmp_path / 'script.py'
 
     def launch(*args, operands=''):
-        path.write_text(SCRIPT.format(house=str(HOUSE), operands=operands))
+        path.write_text(SCRIPT.format(house=str(ROOT), operands=operands))
         return run(path, *args)
     return launch
 
@@ -271,19 +272,19 @@ CHECKED = {  # script: {what they may be: settings}; a comment that says it no m
         'auto, float32, bfloat16 or float16': 'dtype',
     },
 }
-SCRIPTS = sorted(path.name for path in HOUSE.glob('*.py') if 'overrides.apply(' in path.read_text(encoding='utf-8'))
+SCRIPTS = sorted(path.name for path in ROOT.glob('*.py') if 'overrides.apply(' in path.read_text(encoding='utf-8'))
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_what_is_checked(name):
-    script = overrides.read_script(HOUSE / name)
+    script = overrides.read_script(ROOT / name)
     assert {setting: spec.text for setting, spec in script.specs.items()} == {
         setting: text for text, settings in CHECKED[name].items() for setting in settings.split()}
 
 
-@pytest.mark.parametrize('name', [*SCRIPTS, *(f'bench/{path.name}' for path in (HOUSE / 'bench').glob('*.py'))])
+@pytest.mark.parametrize('name', [*SCRIPTS, *(f'bench/{path.name}' for path in (ROOT / 'bench').glob('*.py'))])
 def test_every_number_says_what_it_may_be(name):
-    script = overrides.read_script(HOUSE / name)
+    script = overrides.read_script(ROOT / name)
     assert script.settings
     assert [setting for setting, default in script.settings.items()
             if type(default) in (int, float) and setting not in script.specs] == []
@@ -291,7 +292,7 @@ def test_every_number_says_what_it_may_be(name):
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_defaults_are_what_they_may_be(name):
-    script = overrides.read_script(HOUSE / name)
+    script = overrides.read_script(ROOT / name)
     overrides.check_settings(script, script.settings)
 
 
@@ -303,7 +304,7 @@ def test_defaults_are_what_they_may_be(name):
     ("n = 'a'  # >= 0: no number", ''),
 ])
 def test_settings_of_ones_own(run, tmp_path, source, error):
-    (tmp_path / 's.py').write_text(f'import sys\nsys.path.insert(0, {str(HOUSE)!r})\nfrom kit import overrides\n'
+    (tmp_path / 's.py').write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom kit.base import overrides\n'
                                    f'{source}\noverrides.apply(globals())\n')
     assert run(tmp_path / 's.py').err == (f's.py: {error}\n' if error else '')
 
@@ -314,7 +315,7 @@ def test_settings_without_a_source(monkeypatch):
     monkeypatch.setattr('sys.excepthook', None)
     monkeypatch.setattr(overrides, 'running', None)
     monkeypatch.setattr(overrides, 'given', set())
-    for file in {}, {'__file__': 'nowhere.py'}, {'__file__': __file__}, {'__file__': str(HOUSE / 'train.py')}:
+    for file in {}, {'__file__': 'nowhere.py'}, {'__file__': __file__}, {'__file__': str(ROOT / 'train.py')}:
         assert overrides.apply({'n': 1} | file, ['n < 0']) == {'n': -3}
     assert overrides.running == overrides.Script({'n': 1}, {}, set(), ['n < 0'], [])
 
@@ -344,7 +345,8 @@ def test_a_script_is_read_without_being_run(tmp_path):
     ('globals(), rules=rules.TRAIN + OWN', [*rules.TRAIN, 'a != 5']),
 ])
 def test_the_rules_of_another_script(tmp_path, call, expected):
-    (tmp_path / 's.py').write_text(f'a = 1\nOWN = ["a != 5"]\nif nowhere():\n    overrides.apply({call})\na = 2\n')
+    (tmp_path / 's.py').write_text(f'from kit.run import rules\na = 1\nOWN = ["a != 5"]\nif nowhere():\n'
+                                   f'    overrides.apply({call})\na = 2\n')
     script = overrides.read_script(tmp_path / 's.py')
     assert script.rules == expected and script.settings == {'a': 1}
 
@@ -377,7 +379,7 @@ def test_mistakes_in_the_settings_of_another_script(tmp_path, capsys, args, name
 
 def test_what_is_read_of_train_is_what_it_has(run, tmp_path):
     """Every setting that its --help shows, with this default."""
-    script = overrides.read_script(HOUSE / 'train.py')
+    script = overrides.read_script(ROOT / 'train.py')
     shown = [line.split()[0][2:].partition('=') for line in run('train.py', '--help').out.splitlines()
              if line.startswith('  --')]
     assert [name for name, _, _ in shown] == list(script.settings) and len(script.settings) > 60
@@ -389,9 +391,9 @@ def test_what_is_read_of_train_is_what_it_has(run, tmp_path):
 def test_what_is_read_is_what_the_running_script_has(run, tmp_path, name):
     """Word by word: settings, what they may be, those of the launch, and the conditions."""
     (tmp_path / 's.py').write_text(f"""import sys
-sys.path.insert(0, {str(HOUSE)!r})
-__file__ = {str(HOUSE / name)!r}
-from kit import overrides
+sys.path.insert(0, {str(ROOT)!r})
+__file__ = {str(ROOT / name)!r}
+from kit.base import overrides
 apply = overrides.apply
 def compare(*args, **kwargs):
     apply(*args, **kwargs)
@@ -401,7 +403,7 @@ overrides.apply = compare
 exec(compile(open(__file__).read(), __file__, 'exec'))
 """)
     result = run(tmp_path / 's.py')
-    assert result.out.split() == ['True', str(len(overrides.read_script(HOUSE / name).settings))], result.err
+    assert result.out.split() == ['True', str(len(overrides.read_script(ROOT / name).settings))], result.err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,7 +420,7 @@ def test_which_settings_belong_to_a_launch(tmp_path):
 
 
 def test_a_script_without_a_file_says_that_little_is_checked(tmp_path):
-    code = (f'import sys; sys.path.insert(0, {str(HOUSE)!r})\nfrom kit import overrides\nbatch_size = 1  # >= 1\n'
+    code = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom kit.base import overrides\nbatch_size = 1  # >= 1\n'
             'print(overrides.apply(globals()))')
     done = subprocess.run([sys.executable, '-c', code, '--batch_size=0'], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and 'WARNING: the source of this script is no file' in done.stdout, done.stderr
@@ -439,7 +441,7 @@ def test_a_setting_that_is_gone_is_told(launched, capsys):
 
 def test_the_launch_settings_of_train():
     """They stand last."""
-    script = overrides.read_script(HOUSE / 'train.py')
+    script = overrides.read_script(ROOT / 'train.py')
     assert list(script.settings)[-len(script.launch):] == [
         'out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'weights', 'inspect_step', 'find_lr',
         'find_lr_start', 'find_lr_end', 'debug_nan', 'device', 'compile', 'backend']

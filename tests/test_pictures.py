@@ -8,10 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import HOUSE
+from conftest import ROOT
 
-from kit import diagnosis, pictures, runlogs
-from kit.diagnosis import History
+from kit.watch import diagnosis, pictures, runlogs
+from kit.watch.diagnosis import History
 
 NANOGPT = """tokens per iteration will be: 16,384
 number of parameters: 10.65M
@@ -348,6 +348,6 @@ def test_bad_input_is_one_line(run, tmp_path, args, words):
 def test_a_reader_that_has_read_enough(trained, tiny):
     """python plot_loss.py | head -1: no traceback, whoever is faster."""
     for _ in range(2):
-        done = subprocess.run(f'{sys.executable} {HOUSE / "plot_loss.py"} | head -1', shell=True, cwd=tiny,
+        done = subprocess.run(f'{sys.executable} {ROOT / "plot_loss.py"} | head -1', shell=True, cwd=tiny,
                               capture_output=True, text=True)
         assert done.stdout == 'wrote checkpoints/loss_curve.png\n' and done.stderr == ''

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import copy_folder, hooked_script, losses, records
 
-from kit import pictures, rate_finder
-from kit.rate_finder import RangeTest, smoothed, suggestion
+from kit.run import rate_finder
+from kit.run.rate_finder import RangeTest, smoothed, suggestion
+from kit.watch import pictures
 
 
 def ranged(loss_at, start=1e-5, end=1.0):
@@ -123,7 +124,7 @@ def test_the_picture(loss_at, suggested):
 # the errand
 
 
-SHORT = 'from kit import rate_finder; rate_finder.STEPS = 60'  # of 200, which take a second
+SHORT = 'from kit.run import rate_finder; rate_finder.STEPS = 60'  # of 200, which take a second
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_the_files_and_the_words(train, tiny):
 
 
 def test_the_rates_reach_the_optimizer_and_the_first_loss_is_that_of_a_run(hooked, train, tiny):
-    spy = ('import json\nfrom kit import optimizers\nold = optimizers.step\n'
+    spy = ('import json\nfrom kit.learn import optimizers\nold = optimizers.step\n'
            'def step(optimizer, is_good):\n'
            '    print(json.dumps({g["lr"] for g in optimizer.param_groups}, default=list), file=open("rates", "a"))\n'
            '    old(optimizer, is_good)\n'
@@ -211,7 +212,7 @@ def test_rates_for_weights_that_are_trained(find, trained, begin):
 
 
 def test_told_to_stop_it_saves_nothing(hooked, tiny):
-    stop = ('import os, signal\nfrom kit import optimizers\nold, n = optimizers.step, [0]\n'
+    stop = ('import os, signal\nfrom kit.learn import optimizers\nold, n = optimizers.step, [0]\n'
             'def step(*args):\n'
             '    old(*args); n[0] += 1\n'
             '    if n[0] == 5: os.kill(os.getpid(), signal.SIGTERM)\n'
@@ -223,7 +224,7 @@ def test_told_to_stop_it_saves_nothing(hooked, tiny):
 @pytest.mark.parametrize('spoilt', ['loss * float("nan")', 'loss.register_hook(lambda g: g * float("nan")) and loss'])
 def test_bad_numbers_end_it(hooked, tiny, spoilt, step):
     """In the loss, or in the gradient alone."""
-    spoil = (f'{SHORT}\nimport model, torch\nfrom kit import batches\nold = model.GPT.forward\n'
+    spoil = (f'{SHORT}\nimport model, torch\nfrom kit.data import batches\nold = model.GPT.forward\n'
              'def forward(self, idx, targets=None, documents=None):\n'
              '    logits, loss = old(self, idx, targets)\n'
              f'    is_bad = torch.initial_seed() == batches.torch_seed(1337, {step}, 0)\n'

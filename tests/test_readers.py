@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model as gpt
-from kit import batches, evaluation, readers, tokens
+from kit.data import batches, readers, tokens
+from kit.watch import evaluation
 
 EOT = 256  # of the byte tokenizer
 CPU = torch.device('cpu')

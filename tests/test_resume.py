@@ -9,10 +9,10 @@ import time
 
 import pytest
 import torch
-from conftest import HOUSE, OF_THE_MACHINE, TINY, hooked_script, losses, records, torchrun
+from conftest import OF_THE_MACHINE, ROOT, TINY, hooked_script, losses, records, torchrun
 
 # sends the process a signal in the middle of a step
-SEND = ('import os, signal\nfrom kit import batches\nsound, SIGNAL = batches.torch_seed, signal.{name}\n'
+SEND = ('import os, signal\nfrom kit.data import batches\nsound, SIGNAL = batches.torch_seed, signal.{name}\n'
         'def torch_seed(seed, step, rank):\n'
         '    if step == {step}: os.kill(os.getpid(), SIGNAL)\n'
         '    return sound(seed, step, rank)\n'
@@ -110,7 +110,7 @@ def test_sigusr1_saves_and_runs_on(hooked, tiny):
 
 
 def test_before_the_first_step_there_is_nothing_to_save(hooked, tiny):
-    code = 'import os, signal\nfrom kit import signals\nsound = signals.listen\n' \
+    code = 'import os, signal\nfrom kit.base import signals\nsound = signals.listen\n' \
            'def listen():\n    sound()\n    os.kill(os.getpid(), signal.SIGTERM)\nsignals.listen = listen\n'
     result = hooked(code)
     assert result.status == 143 and not list((tiny / 'checkpoints').glob('*.pt')), result.err
@@ -120,7 +120,7 @@ def test_before_the_first_step_there_is_nothing_to_save(hooked, tiny):
 @pytest.mark.skipif(os.name == 'nt', reason='signals are sent')
 def test_a_second_ctrl_c_leaves_at_once(tiny):
     """The real thing: a process in a step that takes long, and two signals from outside."""
-    slow = 'import time\nfrom kit import batches\nsound = batches.torch_seed\n' \
+    slow = 'import time\nfrom kit.data import batches\nsound = batches.torch_seed\n' \
            'def torch_seed(*key):\n    print("in a step", flush=True)\n    end = time.time() + 60\n' \
            '    while time.time() < end: time.sleep(0.1)\nbatches.torch_seed = torch_seed\n'
     process = subprocess.Popen([sys.executable, hooked_script(tiny, slow), '--dataset=tiny', *TINY], cwd=tiny,
@@ -192,7 +192,7 @@ def test_states_that_make_no_sense(run, trained, change, named):
 
 def test_generators_of_code_that_somebody_adds(hooked, tiny):
     """Python's and NumPy's go on where they stopped."""
-    draws = ('import random, numpy\nfrom kit import batches\nSOUND_DRAW = batches.torch_seed\n'
+    draws = ('import random, numpy\nfrom kit.data import batches\nSOUND_DRAW = batches.torch_seed\n'
              'def draw(*key):\n'
              '    print("drawn", key[1], random.random(), numpy.random.random())\n'
              '    return SOUND_DRAW(*key)\nbatches.torch_seed = draw\n')
@@ -205,7 +205,7 @@ def test_generators_of_code_that_somebody_adds(hooked, tiny):
 
 def test_ranks_take_what_rank_0_takes(tiny, trained):
     """Rank 1 finds ckpt.pt damaged where rank 0 does not: it says so, and does not train on from elsewhere."""
-    code = ('import os\nfrom kit import checkpoints\nSOUND_READ = checkpoints.read\n'
+    code = ('import os\nfrom kit.state import checkpoints\nSOUND_READ = checkpoints.read\n'
             'def read(path, resume=False):\n'
             '    if os.environ["RANK"] == "1": raise checkpoints.Damaged(f"{path} is damaged, here")\n'
             '    return SOUND_READ(path, resume)\ncheckpoints.read = read\n')
@@ -309,7 +309,8 @@ def test_save_errors_stop(hooked, tiny):
 
 def test_what_was_not_saved_may_be_beaten_by_less(hooked, tiny):
     """The save of the lowest loss fails; a later one that is better than what lies on the disk is best.pt."""
-    code = ('import torch, os\nfrom kit import evaluation\nsound, sound_measure = torch.save, evaluation.measure\n'
+    code = ('import torch, os\nfrom kit.watch import evaluation\n'
+            'sound, sound_measure = torch.save, evaluation.measure\n'
             'values = iter([9, 9, 8, 8, 1, 1, 7, 7, 7.5, 7.5])\n'  # train and val at the steps 0, 2, 4, 6, 8
             'def save(checkpoint, file):\n'
             '    if checkpoint["iter_num"] == 4: raise OSError(28, "No space left on device")\n'
@@ -331,9 +332,9 @@ def test_provenance(train, run, tiny):
     assert found['settings']['learning_rate'] == 0.002 and 'mine.py' in launch['command']
     assert launch['versions']['torch'] == torch.__version__ and launch['machine']['cpus'] == os.cpu_count()
     with zipfile.ZipFile(tiny / 'checkpoints/source.zip') as archive:
-        assert archive.read('train.py') == (HOUSE / 'train.py').read_bytes()
+        assert archive.read('train.py') == (ROOT / 'train.py').read_bytes()
         assert archive.read('config/mine.py') == b'learning_rate = 0.002\n'
-        assert {f'kit/{path.name}' for path in (HOUSE / 'kit').glob('*.py')} <= set(archive.namelist())
+        assert {path.relative_to(ROOT).as_posix() for path in (ROOT / 'kit').rglob('*.py')} <= set(archive.namelist())
     first = (tiny / 'checkpoints/source.zip').read_bytes()
     for steps, expected in (12, 'source_0000010.zip'), (14, 'source_0000012.zip'):  # no mine.py: other code is kept too
         train('--init_from=resume', f'--max_iters={steps}')

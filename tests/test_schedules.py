@@ -8,7 +8,7 @@ import torch
 from conftest import records
 from torch.optim import lr_scheduler
 
-from kit import schedules
+from kit.learn import schedules
 
 N, HIGH, LOW = 1000, 1e-3, 1e-5
 SETTINGS = {'learning_rate': HIGH, 'min_lr': LOW, 'warmup_iters': 0, 'warmup_share': 0.0, 'warmup_start_lr': 0.0,

@@ -16,15 +16,16 @@ import time
 import types
 
 import pytest
-from conftest import HOUSE, TINY, needs_mirror, records
+from conftest import ROOT, TINY, needs_mirror, records
 
-from kit import overrides, searches, trials
-from kit.diagnosis import History
+from kit.base import overrides
+from kit.sweeps import searches, trials
+from kit.watch.diagnosis import History
 
 STAND_IN = '''"""A stand-in for train.py: its loss is a function of the settings and the step."""
 import atexit, json, math, os, signal, sys, time
 from pathlib import Path
-from kit import overrides
+from kit.base import overrides
 
 learning_rate = 1e-3        # > 0: as in train.py
 n_embd = 32                 # >= 1
@@ -37,7 +38,7 @@ tensorboard = True
 dataset = 'none'            # not empty
 wandb_project = 'flatgpt'
 seed = 1337                 # 0 <= x < 2**63
-lr_schedule = 'cosine'      # what kit/schedules.py looks at
+lr_schedule = 'cosine'      # what kit/learn/schedules.py looks at
 decay_lr = True
 warmup_iters = 5            # >= 0
 warmup_share = 0.0          # 0 <= x < 1
@@ -96,8 +97,8 @@ log.write('\\na sample of its own:\\nIt, "said"\\n\\nhe.\\n\\nbest val loss\\nne
 @pytest.fixture
 def house(tmp_path):
     """A copy of the house whose train.py is the stand-in."""
-    shutil.copytree(HOUSE / 'kit', tmp_path / 'house/kit', ignore=shutil.ignore_patterns('__pycache__'))
-    shutil.copy(HOUSE / 'sweep.py', tmp_path / 'house')
+    shutil.copytree(ROOT / 'kit', tmp_path / 'house/kit', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(ROOT / 'sweep.py', tmp_path / 'house')
     (tmp_path / 'house/train.py').write_text(STAND_IN)
     return tmp_path / 'house'
 
@@ -144,7 +145,7 @@ def is_alive(pid):
 # values
 
 
-def a_sweep(tmp_path, lines, script=HOUSE / 'train.py', **given):
+def a_sweep(tmp_path, lines, script=ROOT / 'train.py', **given):
     (tmp_path / 'a.py').write_text(lines)
     return trials.read(str(tmp_path / 'a.py'), given, script)
 
@@ -227,14 +228,14 @@ def test_the_mean_of_histories():
     assert trials.mean_history([first]) is first
 
 
-@pytest.mark.parametrize('file', sorted((HOUSE / 'config/sweeps').glob('*.py')), ids=lambda file: file.stem)
+@pytest.mark.parametrize('file', sorted((ROOT / 'config/sweeps').glob('*.py')), ids=lambda file: file.stem)
 @needs_mirror
 def test_files_of_the_house(file, tmp_path, monkeypatch):
     if file.stem == 'rate_bayes':
         pytest.importorskip('optuna')
     (tmp_path / 'data').mkdir()
     monkeypatch.chdir(tmp_path)
-    sweep = trials.read(str(file), {}, HOUSE / 'train.py')
+    sweep = trials.read(str(file), {}, ROOT / 'train.py')
     assert sweep.description and sweep.axes()
 
 
@@ -308,7 +309,7 @@ def test_commands(tmp_path):
     ('config = "--seed 7"', [], ['seed', 'seeds']),
     ('config = "\'unclosed"', [], ['config', 'quotation']),
     ('complie = None', [], ['complie', 'did you mean compile?']),
-    ('from kit import overrides as _o\n_o.fail("of my own")', [], ['of my own']),
+    ('from kit.base import overrides as _o\n_o.fail("of my own")', [], ['of my own']),
     ('method = "bayes"\nmax_runs = 3', [], ['bayes', 'no setting']),
     ('batch_size = [1]', ['--wandb', '--jobs=2'], ['jobs = 2', 'wandb']),
     ('batch_size = [1]', [f'--out_dir={"x" * 300}'], ['xxx', 'nothing can be written']),
@@ -340,7 +341,7 @@ def test_no_file_or_an_unknown_one(run):
 def test_bayes_without_optuna(run, tmp_path):
     (tmp_path / 'x.py').write_text('method = "bayes"\nmax_runs = 3\nlearning_rate = log_uniform(1e-3, 1e-1)')
     (tmp_path / 'hooked.py').write_text(
-        f'import sys; sys.path.insert(0, {str(HOUSE)!r}); __file__ = {str(HOUSE / "sweep.py")!r}\n'
+        f'import sys; sys.path.insert(0, {str(ROOT)!r}); __file__ = {str(ROOT / "sweep.py")!r}\n'
         'import importlib.util as util\nold = util.find_spec\n'
         'util.find_spec = lambda name, *args: None if name == "optuna" else old(name, *args)\n'
         'exec(compile(open(__file__).read(), __file__, "exec"))\n')
@@ -386,7 +387,7 @@ def test_a_killed_sweep_goes_on(run, tiny):
              'always_save_checkpoint = True\nsave_interval = 50\nlog_interval = 50\nkeep_last = 1\n')
     (tiny / 'x.py').write_text(lines)
     env = os.environ | {'OMP_NUM_THREADS': '1'}
-    process = subprocess.Popen([sys.executable, str(HOUSE / 'sweep.py'), 'x.py'], cwd=tiny, env=env, text=True,
+    process = subprocess.Popen([sys.executable, str(ROOT / 'sweep.py'), 'x.py'], cwd=tiny, env=env, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     half = tiny / 'sweeps/x/002-max_iters=300-1337'
     wait_for(lambda: (half / 'ckpt.pt').exists())
@@ -695,7 +696,7 @@ def test_wandb_config(tmp_path):
                               'max_runs = 9\nseeds = 2\nbatch_size = [1, 2]\nlearning_rate = log_uniform(1e-4, 1e-3)\n'
                               'dropout = uniform(0, 0.5)\nn_layer = uniform(2, 4)\nblock_size = log_uniform(32, 64)\n'
                               'max_iters = 7')
-    config = searches.wandb_config(sweep, 'x', tmp_path / 'a b', HOUSE / 'train.py')
+    config = searches.wandb_config(sweep, 'x', tmp_path / 'a b', ROOT / 'train.py')
     assert config['metric'] == {'name': 'val/loss', 'goal': 'minimize'} and config['method'] == 'random'
     assert config['parameters'] == {
         'seed': {'values': [1337, 1338]}, 'batch_size': {'values': [1, 2]},
@@ -708,7 +709,7 @@ def test_wandb_config(tmp_path):
     args = utils.create_sweep_command_args({'args': {'batch_size': {'value': 2}, 'learning_rate': {'value': 3e-4}}})
     words = [w for word in words for w in (args['args'] if word == '${args}' else [word])]
     (tmp_path / 'show.py').write_text('import sys; print(sys.argv[1:])')
-    words[words.index(str(HOUSE / 'train.py'))] = str(tmp_path / 'show.py')
+    words[words.index(str(ROOT / 'train.py'))] = str(tmp_path / 'show.py')
     shown = subprocess.run(words, env=os.environ | {'WANDB_RUN_ID': 'id7'}, capture_output=True, text=True, check=True)
     assert eval(shown.stdout) == [*QUIET, 'config/train_gpt2.py', '--compile=False', '--max_iters=7', '--wandb_log',
                                   '--batch_size=2', '--learning_rate=0.0003', f'--out_dir={tmp_path}/a b/id7']
@@ -730,20 +731,20 @@ def test_wandb_is_called(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'wandb', fake_wandb(calls))
     sweep = a_sweep(tmp_path, 'method = "bayes"\nmax_runs = 9\nlearning_rate = log_uniform(1e-4, 1e-3)\nmin_lr=0.0\n'
                               'wandb_project = "p"')
-    searches.run_on_wandb(sweep, 'x', tmp_path / 'x', HOUSE / 'train.py')
+    searches.run_on_wandb(sweep, 'x', tmp_path / 'x', ROOT / 'train.py')
     (_, config, project), agent = calls
-    assert config == searches.wandb_config(sweep, 'x', tmp_path / 'x', HOUSE / 'train.py')
+    assert config == searches.wandb_config(sweep, 'x', tmp_path / 'x', ROOT / 'train.py')
     assert project == {'project': 'p'}
     assert agent == ('agent', ('id1',), {'project': 'p', 'count': 9}) and not (tmp_path / 'x').exists()
     for kind, named in ({'mode': 'offline'}, 'offline'), ({'is_logged_in': False}, 'wandb login'):
         monkeypatch.setitem(sys.modules, 'wandb', fake_wandb(calls, **kind))
         with pytest.raises(SystemExit) as end:
-            searches.run_on_wandb(sweep, 'x', tmp_path / 'x', HOUSE / 'train.py')
+            searches.run_on_wandb(sweep, 'x', tmp_path / 'x', ROOT / 'train.py')
         err = capsys.readouterr().err
         assert end.value.code == 2 and named in err and err.count('\n') == 1 and len(calls) == 2
     sweep.seeds = [1, 2]
     with pytest.raises(SystemExit):
-        searches.run_on_wandb(sweep, 'x', tmp_path / 'x', HOUSE / 'train.py')
+        searches.run_on_wandb(sweep, 'x', tmp_path / 'x', ROOT / 'train.py')
     assert '--seeds=1' in capsys.readouterr().err
 
 

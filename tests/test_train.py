@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import HOUSE, losses, records, torchrun
+from conftest import ROOT, losses, records, torchrun
 
-from kit import batches
+from kit.data import batches
 
 
 def evaluations(result):
@@ -284,7 +284,7 @@ def test_it_runs_from_anywhere(run, tmp_path):
 
 def test_tensorboard_and_matplotlib_wait(tmp_path):
     """A script that stops at its settings has imported neither."""
-    code = (f'import sys, runpy; sys.path[0] = {str(HOUSE)!r}; sys.argv = ["train.py", "--batch_size=0"]\n'
+    code = (f'import sys, runpy; sys.path[0] = {str(ROOT)!r}; sys.argv = ["train.py", "--batch_size=0"]\n'
             'try: runpy.run_path(sys.path[0] + "/train.py")\n'
             'except SystemExit: pass\n'
             'late = "tensorboard", "matplotlib", "transformers", "wandb"\n'

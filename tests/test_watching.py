@@ -14,9 +14,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import HOUSE, TINY, fetch, hooked_script, losses, records, some_text, torchrun
+from conftest import ROOT, TINY, fetch, hooked_script, losses, records, some_text, torchrun
 
-from kit import evaluation, gradients, nan_hunt, readers, runlogs
+from kit.data import readers
+from kit.learn import gradients
+from kit.run import nan_hunt
+from kit.watch import evaluation, runlogs
 from model import GPT, GPTConfig
 
 
@@ -249,7 +252,7 @@ def test_a_full_disk_stops_no_training_that_is_watched(hooked, tiny):
 
 
 def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
-    from kit import journal
+    from kit.watch import journal
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(journal.time, 'strftime', lambda form: '20260101-000000')
     for expected in 'a-20260101-000000', 'a-20260101-000000.1', 'a-20260101-000000.2':
@@ -365,7 +368,7 @@ def test_an_overflow_inside_the_attention(model):
 
 
 def test_without_the_hunt_the_parameters_are_listed(hooked):
-    plant = ('import model, torch\nfrom kit import batches\nold = model.GPT.__init__\n'
+    plant = ('import model, torch\nfrom kit.data import batches\nold = model.GPT.__init__\n'
              'def init(self, config):\n    old(self, config)\n'
              '    for p in self.transformer.h[1].mlp.parameters():\n'
              '        p.register_hook(lambda g: g * float("inf") if '
@@ -386,7 +389,7 @@ def test_debug_nan_lets_a_healthy_run_be(train, tiny):
 
 def test_debug_nan_on_two_processes(tiny):
     """The rank that made it says so."""
-    plant = ('import model, torch, os\nfrom kit import batches\nold = model.MLP.forward\n'
+    plant = ('import model, torch, os\nfrom kit.data import batches\nold = model.MLP.forward\n'
              'def forward(self, x):\n'
              '    y = old(self, x)\n'
              '    return y * float("nan") if torch.initial_seed() == batches.torch_seed(1337, 3, 1) else y\n'
@@ -449,7 +452,7 @@ def test_a_replay_after_a_resume_with_other_settings(train, run, tiny):
 
 def test_a_replay_after_a_rewind(hooked, run, tiny):
     """Three bad steps in a row sent the run back to step 5, with other text; the replay reads that text too."""
-    spoil = ('import model, torch\nfrom kit import batches\nold = model.GPT.forward\nn = [0]\n'
+    spoil = ('import model, torch\nfrom kit.data import batches\nold = model.GPT.forward\nn = [0]\n'
              'bad = {batches.torch_seed(1337, step, 0) for step in (6, 7, 8, 9)}\n'
              'def forward(self, idx, targets=None, documents=None):\n'
              '    logits, loss = old(self, idx, targets)\n'
@@ -520,7 +523,8 @@ def test_steps_that_cannot_be_replayed(train, run, tiny, args, named):
 
 
 def test_scripts_do_not_wait_for_matplotlib(tmp_path):
-    code = (f'import sys; sys.path[0] = {str(HOUSE)!r}\nfrom kit import errands, journal, diagnosis\n'
+    code = (f'import sys; sys.path[0] = {str(ROOT)!r}\nfrom kit.run import ending, first_look, starts\n'
+            'from kit.watch import diagnosis, inside, journal\n'
             'print([name for name in sys.modules if name.split(".")[0] in ("matplotlib", "tensorboard", "wandb")])')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == '[]\n', done.stderr

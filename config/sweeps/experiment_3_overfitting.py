@@ -6,8 +6,8 @@ that two cores can train would have to read all of it for hours before it knew i
 import tempfile as _tempfile
 from pathlib import Path as _Path
 
-from kit import corpora as _corpora
-from kit import tokens as _tokens
+from kit.data import corpora as _corpora
+from kit.data import tokens as _tokens
 
 if not (_tokens.dataset_folder('shakespeare_tenth') / 'train.bin').is_file():
     with _tempfile.TemporaryDirectory() as _folder:

@@ -1,0 +1,1 @@
+"""Settings and their overrides, devices, processes, signals: what everything else stands on."""

@@ -1,0 +1,124 @@
+"""
+Several processes as one run: what torchrun started, wrapped and summed. The one room that knows torch.distributed.
+
+$ torchrun --standalone --nproc_per_node=4 train.py
+
+One process alone is rank 0 of 1, and nothing here imports torch.distributed for it.
+"""
+
+import os
+import sys
+
+from kit.base.overrides import fail
+
+rank = int(os.environ.get('RANK', 0))
+local_rank = int(os.environ.get('LOCAL_RANK', 0))
+world_size = int(os.environ.get('WORLD_SIZE', 1))
+is_main = rank == 0
+between_hosts = None  # a group of gloo's, None = the default one
+
+
+def start(backend, device):
+    """Join the other processes. backend: auto (nccl on CUDA, else gloo) or one that torch.distributed knows."""
+    if world_size == 1:
+        return
+    import torch.distributed as dist
+    if backend == 'auto':
+        backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
+    dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
+    if backend == 'nccl':  # what the hosts say to each other must not wait for the devices
+        global between_hosts
+        between_hosts = dist.new_group(backend='gloo')
+    print(f'processes: {world_size} (torchrun), backend {backend}')
+
+
+def wait():
+    """All processes meet here."""
+    if world_size > 1:
+        import torch.distributed as dist
+        dist.barrier()
+
+
+def wrap(model, device):
+    """The model with its gradients averaged over the processes (DDP). FSDP comes in through this door too."""
+    if world_size == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+                                   gradient_as_bucket_view=True)  # one copy of the gradients less in memory
+
+
+def share(n, name):
+    """n things over all processes: how many are this one's. name: of the setting that counts them."""
+    if n % world_size:
+        fail(f'{name} = {n}: it counts over all processes and must be a multiple of their number, {world_size}')
+    return n // world_size
+
+
+def exchange_gradients(model, now):
+    """Whether the next backward pass of a wrapped model averages the gradients over the processes."""
+    if world_size > 1:
+        model.require_backward_grad_sync = now
+
+
+def total(tensor):
+    """The sum of a tensor over the processes, in place; returned for reading on."""
+    if world_size > 1:
+        import torch.distributed as dist
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def highest(number):
+    """The highest of the ints that the processes give here. Does not wait for the devices."""
+    if world_size > 1:
+        import torch
+        import torch.distributed as dist
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=between_hosts)
+        number = int(tensor)
+    return number
+
+
+def from_main(find):
+    """
+    What find() returns on rank 0, on all ranks: of what lies on disks they may not see the same. Where it ends the
+    script there, it ends on all.
+    """
+    if world_size == 1:
+        return find()
+    import torch.distributed as dist
+    found, status = None, 0
+    if is_main:
+        try:
+            found = find()
+        except SystemExit as end:
+            status = end.code
+    told = [found, status]
+    dist.broadcast_object_list(told, src=0, group=between_hosts)
+    if told[1]:
+        leave(told[1])
+    return told[0]
+
+
+def from_all(thing):
+    """What each of the processes gives here, as a list on all of them."""
+    if world_size == 1:
+        return [thing]
+    import torch.distributed as dist
+    things = [None] * world_size
+    dist.all_gather_object(things, thing, group=between_hosts)
+    return things
+
+
+def leave(status=0):
+    """End the script, all processes together. To be called where nothing is left to close."""
+    if world_size > 1:
+        import torch.distributed as dist
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        # gloo's threads can abort a process while its interpreter winds down (in 2 of 6 runs with torch 2.13,
+        # see pytorch/pytorch#179291), and torchrun would report a crash; nothing is left to wind down, so leave at once
+        os._exit(status)
+    raise SystemExit(status)

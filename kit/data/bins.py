@@ -1,0 +1,552 @@
+"""
+Documents to ids, on all cores, and onto the disk: train.bin, val.bin, test.bin, and what describes them.
+
+A folder data/<name> is made in data/<name>/part: first all ids in their order, with where each document ends, then the
+splits, then every file goes to its place, those of train last. progress.json remembers how far the files there are
+good, so that the same command goes on after any interruption, to the same bytes.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from fractions import Fraction
+from functools import partial
+from math import lcm
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from kit.base.overrides import fail, require
+from kit.data import tokens
+
+SPLITS = ('train', 'val', 'test')
+
+N_THREADS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+BATCH = 2**19  # characters that one thread encodes at a time
+NOTE_EVERY = 10  # seconds between two notes of how far the files are good
+RAW_SHARD = 2**26  # ids in one file before they are dealt to the splits
+CHUNK = 2**22  # ids that are dealt at a time
+RUN = 2**11  # characters of one kind in a row that may be cut apart
+SIGNS = re.compile(r'(?:[^\w\s]|_)+')
+SAMPLE = 2**25  # characters that a vocabulary is learned from
+CODE_END = 0x110000  # the code point behind the last: END, until the alphabet is known
+
+# what GPT-4 splits text with, in the words that Rust's regex and Oniguruma share; digits by two, for small vocabularies
+PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]"""
+           r"""|\s+(?!\S)|\s+""")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a tokenizer: (encode, END's id, dtype, description); encode takes [(text, whether a document ends)] and returns ids
+
+
+def load_encoding(name):
+    """tiktoken's encoding of that name, or that of a dataset, or the end of the script with what to do without it."""
+    import tiktoken
+    if name not in tiktoken.list_encoding_names():
+        if re.fullmatch(r'[\w-][\w.-]*', name) and tokens.exists(folder := tokens.dataset_folder(name)):
+            description = tokens.read_meta(folder)['tokenizer']
+            if description['kind'] != 'bpe':
+                fail(f'tokenizer = {name!r}: this dataset is by {description["kind"]}; only a BPE can be taken over')
+            return tokens.tokenizer(description).encoding
+        fail(f'tokenizer = {name!r}: it is char, byte, bpe, one of {", ".join(tiktoken.list_encoding_names())}, or '
+             'the name of a dataset, whose BPE is taken over')
+    try:
+        return tokens.tiktoken_encoding(name)
+    except OSError as error:
+        fail(f'the files of the tokenizer {name} could not be downloaded ({type(error).__name__}); give a folder '
+             'FLATGPT_MIRROR with them in tiktoken/, or take --tokenizer=char or the dataset python_docs')
+
+
+def tokenizer(name, vocab_size, part, read):
+    """What encodes by that name. read() gives the documents anew, for a vocabulary that is learned from them."""
+    if name == 'char':  # as code points: the alphabet is known when all is read
+        return partial(encode_units, codec='utf-32-le', unit=np.uint32, end=CODE_END), CODE_END, np.uint32, None
+    if name == 'byte':
+        return partial(encode_units, codec='utf-8', unit=np.uint8, end=256), 256, np.uint16, {'kind': 'byte'}
+    if (part / 'tokenizer.json').is_file():
+        description = json.loads((part / 'tokenizer.json').read_text(encoding='utf-8'))
+    else:
+        description = learn_bpe(read(), vocab_size) if name == 'bpe' else tokens.describe_bpe(load_encoding(name))
+        write_whole(part / 'tokenizer.json', json.dumps(description))
+    encoding = tokens.tokenizer(description).encoding
+    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+    return partial(encode_bpe, encoding=encoding, dtype=dtype), encoding.eot_token, dtype, description
+
+
+def encode_units(batch, codec, unit, end):
+    """A text is its code points, or its bytes."""
+    texts = [text.encode(codec) for text, _ in batch]
+    ids = np.frombuffer(b''.join(texts), unit).astype(np.uint32 if end > 2**16 else np.uint16)
+    ends = np.cumsum([len(text) for text in texts]) // unit().itemsize
+    return np.insert(ids, ends[[is_end for _, is_end in batch]], end)
+
+
+def encode_bpe(batch, encoding, dtype):
+    """By tiktoken, all texts in one call, with END between them; END inside a text is text."""
+    pieces = [cut_runs(text) for text, _ in batch]
+    if len(pieces) < sum(map(len, pieces)) or any(tokens.END in text for text, _ in batch):
+        ids = []
+        for texts, (_, is_end) in zip(pieces, batch):
+            ids += [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+            ids.append([encoding.eot_token] * is_end)
+        return np.concatenate(ids).astype(dtype)
+    text = ''.join([text + tokens.END if is_end else text for text, is_end in batch])
+    return encoding.encode_to_numpy(text, allowed_special={tokens.END}, disallowed_special=()).astype(dtype)
+
+
+def cut_runs(text):
+    """
+    A text in the pieces that it is encoded in: whole, but that 2 x RUN characters of one kind (letters, digits, spaces
+    or signs) are cut somewhere. BPE sees a run as one word, and its time grows with the square of a word's length.
+    """
+    pieces, done = [], 0
+    for i in range(0, len(text) - RUN + 1, RUN):
+        run = text[i:i + RUN]
+        if run.isalpha() or run.isspace() or run.isnumeric() or SIGNS.fullmatch(run):
+            pieces += [text[done:i], run] if i > done else [run]
+            done = i + RUN
+    return [*pieces, text[done:]] if done < len(text) or not pieces else pieces
+
+
+def learn_bpe(documents, vocab_size):
+    """The description of a BPE learned from an evenly spread sample of the documents."""
+    require('tokenizers', '--tokenizer=bpe')
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    kept, size, step = [], 0, 1
+    for i, (text, _) in enumerate(documents):
+        if i % step == 0:
+            kept.append(text)
+            size += len(text)
+        while size > SAMPLE and len(kept) > 1:  # every second goes, and of those to come too
+            kept, step = kept[::2], 2 * step
+            size = sum(map(len, kept))
+    print(f'learning a vocabulary of {vocab_size:,} from {size:,} characters')
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PATTERN), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    learner.train_from_iterator((piece for text in kept for piece in cut_runs(text)), trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    byte_of = {char: byte for byte, char in enumerate(byte_level_characters())}
+    vocabulary = learner.get_vocab()
+    ranks = {bytes(byte_of[char] for char in token): rank for token, rank in vocabulary.items()}
+    if len(ranks) + 1 < vocab_size:
+        print(f'the text gives no more than {len(ranks) + 1:,} ids')
+    import tiktoken
+    return tokens.describe_bpe(tiktoken.Encoding('bpe', pat_str=PATTERN, mergeable_ranks=ranks,
+                                                 special_tokens={tokens.END: len(ranks)}))
+
+
+def byte_level_characters():
+    """The character that stands for each byte in GPT-2's vocabulary: itself, or one from U+0100 on if it is none."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def write_whole(path, text):
+    """So that there is the old text or the new one, whatever happens."""
+    new = path.with_name(f'{path.name}.new')
+    with open(new, 'w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def sync(path):
+    with open(path, 'r+b') as file:  # Windows syncs only what it could write
+        os.fsync(file.fileno())
+
+
+def append(folder, stem, ids, start, shard_size):
+    """
+    Write ids at the place `start` of a row of files <stem>_000000.bin, ... with shard_size ids in each. Returns the
+    paths. What stood there before, after an interruption, were the same ids.
+    """
+    paths = []
+    while len(ids):
+        number, place = divmod(start, shard_size)
+        piece, ids = ids[:shard_size - place], ids[shard_size - place:]
+        paths.append(folder / f'{stem}_{number:06d}.bin')
+        with open(paths[-1], 'r+b' if place else 'wb') as file:
+            file.seek(place * piece.itemsize)
+            file.write(piece.astype(piece.dtype.newbyteorder('<'), copy=False).data)
+        start += len(piece)
+    return paths
+
+
+def note(part, progress, touched):
+    """Remember how far the files are good, after they have reached the disk."""
+    for path in touched:
+        sync(path)
+    touched.clear()
+    write_whole(part / 'progress.json', json.dumps(progress))
+
+
+def noted(part):
+    """How many documents the next launch need not read again: where the disk is full, a note itself may have failed."""
+    try:
+        return json.loads((part / 'progress.json').read_text(encoding='utf-8'))['documents']
+    except (OSError, ValueError):
+        return 0
+
+
+def clear(part, kept):
+    """Empty a half-made folder, but for the file of that name."""
+    for path in part.iterdir() if part.exists() else ():
+        if path.name != kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def abandon(part):
+    """A half-made folder goes, and with it the folder that nothing else is in."""
+    shutil.rmtree(part, ignore_errors=True)
+    with suppress(OSError):
+        part.parent.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# splits
+
+
+def parse_split(text):
+    """'90,5,5' -> how many of a run of 100 documents go to train, val and test; of 1,000 for '99.8,0.1,0.1'."""
+    try:
+        shares = [Fraction(word) for word in text.split(',')]
+        whole = lcm(*(share.denominator for share in shares))
+    except (ValueError, ZeroDivisionError):
+        shares, whole = [], 1
+    if len(shares) != 3 or sum(shares) != 100 or min(shares) < 0 or not shares[0] * shares[1] or whole > 100:
+        fail(f'split = {text!r}: these are the percent of train, val and test, like 90,5,5 or 98,2,0')
+    return [int(share * whole) for share in shares]
+
+
+def deal(first, last, counts, seed):
+    """
+    The splits (0, 1, 2) of the documents first to last, a function of (seed, number): of each run of sum(counts)
+    documents these counts, in an order of its own; without a seed first those of val, then of test, then of train.
+    """
+    run = sum(counts)
+    shares = np.repeat(np.uint8([1, 2, 0]), [counts[1], counts[2], counts[0]])
+    runs = range(first // run, -(-last // run))
+    codes = [shares if seed is None else np.random.default_rng((seed, i)).permutation(shares) for i in runs]
+    return np.concatenate(codes)[first % run:][:last - first]
+
+
+def plan(job, progress, ends):
+    """
+    (ends, codes, documents, words): where the stretches of ids end that go to one split, a function that tells the
+    splits of the stretches i to j, how many documents each split gets, and how to say it. A stretch is a document or a
+    pair; where there are less than a run of them, and no pairs, it is the whole of a split.
+    """
+    counts, n = job['counts'], len(ends)
+    if n >= sum(counts):
+        codes = partial(deal, counts=counts, seed=job['seed'])
+        documents = sum((np.bincount(codes(i, min(n, i + CHUNK)), minlength=3) for i in range(0, n, CHUNK)),
+                        np.zeros(3, int))
+        order = 'drawn by the seed {seed}' if job['seed'] is not None else 'val first, then test'
+        kind = 'pairs' if job['pairs'] else 'documents'
+        return ends, codes, documents, (f'whole {kind}: of each {sum(counts):,} {counts[0]:,} are train, {counts[1]:,} '
+                                        f'val, {counts[2]:,} test, ' + order.format(**job))
+    shares = ', '.join(f'the {place} {100 * count / sum(counts):g}%'
+                       for place, count in zip(('first', 'next', 'last'), counts) if count)
+    if job['pairs']:
+        held = [max(1, round(n * count / sum(counts))) if count else 0 for count in counts[1:]]
+        documents = np.array([n - sum(held), *held])
+        if documents[0] < 1:
+            fail(f'{job["input"]} holds {n} pairs, too few for one in each split; give more')
+        each = np.repeat(np.uint8([0, 1, 2]), documents)
+        return ends, lambda i, j: each[i:j], documents, f'{shares} of the pairs'
+    total = progress['tokens'] - (n == 1)  # a single document needs no end
+    cuts = [total * counts[0] // sum(counts), total * (counts[0] + counts[1]) // sum(counts), total]
+    documents = np.diff(np.searchsorted(ends, [0, *cuts], side='right'))
+    return np.array(cuts), lambda i, j: np.arange(3)[i:j], documents, f'{shares} of the tokens'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a folder
+
+
+def make(folder, job, read, total=None, unit='B', overwrite=False):
+    """
+    Make the dataset folder.
+
+    job:   what the result depends on: input, stamps of its files, tokenizer, vocab_size, pairs, counts and seed of the
+           split, shard_size, and what else read heeds; another job does not go on where this one broke off
+    read:  read(skip, bar) -> (text, ends) of the documents, see kit/data/documents.py
+    total: of the bar, in the unit that read tells it
+    """
+    part, job = folder / 'part', job | {'raw_shard': RAW_SHARD}
+    progress = begin(part, job, overwrite)
+    try:
+        if not progress['install']:
+            encode_all(part, job, progress, read, total, unit)
+            lay_out(part, job, progress)
+        install(part / 'done', folder, progress['install'])
+    except SystemExit:  # the text has to be mended, and is then another
+        abandon(part)
+        raise
+    except OSError as error:
+        what = f'{folder} could not be written: {error.strerror}' if error.errno else error
+        kept = f'{noted(part):,} documents are kept, and the same command goes on from there'
+        fail(f'{what}; {kept if noted(part) else "nothing is kept"}')
+    finally:
+        if part.exists() and not noted(part):
+            abandon(part)
+    clear(part, 'progress.json')  # which says that all is in its place: the last to go
+    shutil.rmtree(part)
+    report(folder)
+
+
+def check_place(folder, tokenizer, overwrite):
+    """A dataset that is there stays there, unless it is half in its place."""
+    if overwrite or not tokens.exists(folder):
+        return
+    with suppress(OSError, ValueError, KeyError):
+        if json.loads((folder / 'part/progress.json').read_text(encoding='utf-8'))['install']:
+            return
+    made = ''
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        description = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))['tokenizer']
+        made = description.get('name', description['kind'])
+    fail(f'{folder} holds a dataset already{f", made with {made}" if made not in ("", tokenizer) else ""}; '
+         'another --dataset=NAME, or --overwrite, which replaces it')
+
+
+def spool(folder):
+    """Standard input as a file, so that it can be read twice."""
+    path = folder / 'part/input.txt'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, 'wb') as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    except KeyboardInterrupt:
+        abandon(path.parent)
+        raise
+    except OSError as error:
+        abandon(path.parent)
+        fail(f'standard input could not be written to {path}: {error.strerror}')
+    return path
+
+
+def begin(part, job, overwrite):
+    """What is known of the work so far; a half-made folder of another job is named."""
+    fresh = {'job': job, 'records': 0, 'tokens': 0, 'documents': 0, 'characters': 0, 'alphabet': [], 'encoded': False,
+             'dealt': 0, 'sizes': [0, 0, 0], 'install': []}
+    try:
+        progress = json.loads((part / 'progress.json').read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        progress = fresh
+    except (OSError, ValueError) as error:
+        fail(f'{part}/progress.json cannot be read ({error}); delete the folder and begin anew')
+    if progress['job'] != job:
+        other = ', '.join(key for key in job if progress['job'].get(key) != job[key])
+        if not overwrite:
+            fail(f'{part} is half-made with another {other}; the command that began it goes on, '
+                 '--overwrite begins anew')
+        progress = fresh
+    if progress is fresh:
+        clear(part, 'input.txt')
+    else:
+        print(f'going on after {progress["documents"]:,} documents')
+    return progress
+
+
+def encode_all(part, job, progress, read, total, unit):
+    """All ids in their order into part/ids_*.bin, where each document ends into part/ends_*.bin, as far as missing."""
+    part.mkdir(parents=True, exist_ok=True)
+    if progress['encoded']:
+        return
+    bar = tqdm(total=total, unit=unit, unit_scale=True, desc='reading', leave=False, disable=None)
+    quiet = tqdm(disable=True)
+    encode, end, _, _ = tokenizer(job['tokenizer'], job['vocab_size'], part, lambda: read(0, quiet))
+    seen = np.zeros(CODE_END, bool) if job['tokenizer'] == 'char' else None
+    if seen is not None:
+        seen[progress['alphabet']] = True
+    touched, noted, waiting = set(), time.monotonic(), deque()
+
+    def store(records, characters, future):
+        ids = future.result()
+        is_end = ids == end
+        ends = np.flatnonzero(is_end) + progress['tokens'] + 1
+        touched.update(append(part, 'ids', ids, progress['tokens'], RAW_SHARD))
+        touched.update(append(part, 'ends', ends, progress['documents'], 2**60))
+        if seen is not None:
+            seen[ids[~is_end]] = True
+        for key, more in dict(records=records, characters=characters, tokens=len(ids), documents=len(ends)).items():
+            progress[key] += more
+
+    def remember():
+        if seen is not None:
+            progress['alphabet'] = np.flatnonzero(seen).tolist()
+        note(part, progress, touched)
+
+    with ThreadPoolExecutor(N_THREADS) as pool, bar:  # tiktoken works without the interpreter's lock
+        try:
+            for batch, characters in batches(read(progress['records'], bar)):
+                waiting.append((len(batch), characters, pool.submit(encode, batch)))
+                if len(waiting) > 2 * N_THREADS:
+                    store(*waiting.popleft())
+                if touched and time.monotonic() > noted + NOTE_EVERY:
+                    remember()
+                    noted = time.monotonic()
+            while waiting:
+                store(*waiting.popleft())
+            progress['encoded'] = True
+        finally:
+            pool.shutdown(cancel_futures=True)
+            remember()
+
+
+def batches(documents):
+    """([(text, ends), ...], characters) with enough text for a thread."""
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document[0])
+        if characters >= BATCH or len(batch) >= BATCH // 16:
+            yield batch, characters
+            batch, characters = [], 0
+    if batch:
+        yield batch, characters
+
+
+def lay_out(part, job, progress):
+    """From the ids in their order to the files of the splits, and what describes them, in part/done."""
+    if progress['characters'] < 100:
+        fail(f'--input={job["input"]} holds {progress["characters"]} characters, too few to train on; give at least '
+             'some pages of text')
+    ends = np.memmap(part / 'ends_000000.bin', '<i8', 'r', shape=progress['documents'])
+    middles, ends = (ends[0::2], np.ascontiguousarray(ends[1::2])) if job['pairs'] else (None, ends)
+    stretches, codes, documents, words = plan(job, progress, ends)
+    _, _, raw_dtype, description = tokenizer(job['tokenizer'], job['vocab_size'], part, None)
+    dtype, table = raw_dtype, None
+    if job['tokenizer'] == 'char':  # now the alphabet is known
+        chars = [chr(code) for code in progress['alphabet']] + [tokens.END] * (job['pairs'] or len(ends) > 1)
+        description, dtype = {'kind': 'char', 'chars': chars}, np.uint16 if len(chars) <= 2**16 else np.uint32
+        table = np.full(CODE_END + 1, len(chars) - 1, dtype)
+        table[progress['alphabet']] = np.arange(len(progress['alphabet']))
+    done, touched = part / 'done', set()
+    done.mkdir(exist_ok=True)
+    for split in SPLITS:  # named for good, and then interrupted
+        if (done / f'{split}.bin').exists():
+            (done / f'{split}.bin').replace(done / f'{split}_000000.bin')
+    n_raw = -(-progress['tokens'] // RAW_SHARD)
+    for number in range(progress['dealt'], n_raw):
+        path, start = part / f'ids_{number:06d}.bin', number * RAW_SHARD
+        stop, sizes = min(start + RAW_SHARD, progress['tokens']), list(progress['sizes'])
+        for first in range(start, stop, CHUNK):
+            last = min(first + CHUNK, stop)
+            which = splits_of(first, last, stretches, codes)
+            size = np.dtype(raw_dtype).itemsize
+            ids = np.fromfile(path, raw_dtype, last - first, offset=(first - start) * size)[:len(which)]
+            for i, split in enumerate(SPLITS):
+                mine = ids[which == i] if table is None else table[ids[which == i]]
+                touched.update(append(done, split, mine, sizes[i], job['shard_size']))
+                sizes[i] += len(mine)
+        if number + 1 < n_raw:  # what is dealt can go, so that the disk never holds all twice
+            progress.update(sizes=sizes, dealt=number + 1)
+            note(part, progress, touched)
+            path.unlink()
+    if not sizes[0] or not sizes[1]:
+        fail(f'--input={job["input"]} holds {sum(sizes):,} tokens, too few for train and val; give more text')
+    for i, split in enumerate(SPLITS):
+        if len(shards := sorted(done.glob(f'{split}_*.bin'))) == 1:
+            shards[0].replace(done / f'{split}.bin')
+        if job['pairs'] and sizes[i]:
+            np.save(done / f'{split}.rows.npy', rows_of(middles, ends, codes(0, len(ends)) == i))
+    write_meta(done, description, dtype, job['input'], words, pairs=job['pairs'],
+               documents=dict(zip(SPLITS, documents.tolist())) if len(ends) > 1 else None)
+    progress['install'] = sorted(path.name for path in done.iterdir())
+    note(part, progress, set(done.iterdir()))
+
+
+def splits_of(first, last, ends, codes):
+    """The split of each of the ids first to last, of which those behind the last stretch are in none."""
+    i, j = np.searchsorted(ends, first, 'right'), min(np.searchsorted(ends, last) + 1, len(ends))
+    return np.repeat(codes(i, j), np.diff(np.minimum(ends[i:j], last), prepend=first))
+
+
+def rows_of(middles, ends, mine):
+    """(n, 3) int64: where the pairs of a split start, where their targets do, where they end, in its ids."""
+    starts = np.concatenate([[0], ends[:-1]])
+    lengths, prompts = (ends - starts)[mine], (middles - starts)[mine]
+    stops = np.cumsum(lengths)
+    return np.stack([stops - lengths, stops - lengths + prompts, stops], axis=1).astype('<i8')
+
+
+def write_dataset(folder, ids, description, source, split):
+    """Make a dataset folder of {split: ids} in memory, as whole as make does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = np.uint16 if tokens.tokenizer(description).size <= 2**16 else np.uint32
+    try:
+        with tempfile.TemporaryDirectory(prefix='.part.', dir=folder) as done:
+            for name, values in ids.items():
+                append(Path(done), name, np.asarray(values).astype(dtype), 0, 2**60)
+                Path(done, f'{name}_000000.bin').replace(Path(done, f'{name}.bin'))
+            write_meta(Path(done), description, dtype, source, split)
+            for path in Path(done).iterdir():
+                sync(path)
+            install(Path(done), folder, os.listdir(done))
+    except OSError as error:
+        with suppress(OSError):
+            folder.rmdir()
+        fail(f'{folder} could not be written: {error.strerror}; nothing of it is kept')
+    report(folder)
+
+
+def write_meta(folder, description, dtype, source, split, pairs=False, documents=None):
+    """meta.json for the .bin files in a folder, and for characters the meta.pkl that nanoGPT's scripts read."""
+    dtype, text = np.dtype(dtype), tokens.tokenizer(description)
+    files = {path.stem: {'tokens': path.stat().st_size // dtype.itemsize, 'sha256': tokens.sha256(path)}
+             for split in SPLITS for path in tokens.files_of(folder, split)}
+    end = description.get('special', {}).get(tokens.END, next(iter(text.specials), None))
+    meta = {'format': 1, 'dtype': dtype.name, 'vocab_size': text.size, 'tokenizer': description,
+            'end_of_text': end, 'pad': None, 'mask': None,
+            'files': files, 'source': source, 'split': split}
+    meta |= {'pairs': True} if pairs else {}
+    meta |= {'documents': documents} if documents else {}
+    (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
+    if description['kind'] == 'char':
+        itos = dict(enumerate(description['chars']))
+        with open(folder / 'meta.pkl', 'wb') as file:
+            pickle.dump({'vocab_size': text.size, 'itos': itos, 'stoi': {c: i for i, c in itos.items()}}, file)
+
+
+def install(done, folder, names):
+    """
+    Move the files of these names from done to folder, those of train last, in the place of another dataset. It goes on
+    where it was interrupted; until it is through, meta.json names a file that is missing, or there is none of train.
+    """
+    for pattern in 'train*.bin', '*.bin', '*.rows.npy', 'meta.*':  # of the dataset that is there
+        for path in folder.glob(pattern):
+            if path.name not in names or (done / path.name).exists():
+                path.unlink()
+    for name in sorted(names, key=lambda name: (name.startswith('train') and name.endswith('.bin'), name)):
+        if (done / name).exists():
+            os.replace(done / name, folder / name)
+
+
+def report(folder):
+    meta = tokens.read_meta(folder)
+    for split in SPLITS:
+        sizes = [entry['tokens'] for stem, entry in meta['files'].items() if stem.split('_')[0] == split]
+        if sizes:
+            print(f'{split} has {sum(sizes):,} tokens' + (f' in {len(sizes)} files' if len(sizes) > 1 else ''))
+    print(f'wrote {folder} ({meta["source"]}, vocabulary of {meta["vocab_size"]:,})')

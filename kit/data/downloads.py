@@ -1,0 +1,29 @@
+"""A file from the network: whole, or not there at all."""
+
+import os
+import urllib.request
+
+from tqdm import tqdm
+
+from kit.data.tokens import sha256
+
+
+def fetch(url, path, expected_sha256=''):
+    """Download to a temporary name beside path, check length and hash, then rename. Raises OSError, leaves nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    print(f'downloading {url}')
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer, open(part, 'wb') as file:
+            size = int(answer.headers.get('Content-Length', 0))
+            with tqdm(total=size or None, unit='B', unit_scale=True, leave=False, disable=None) as bar:
+                while chunk := answer.read(2**20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+        if size and part.stat().st_size != size:
+            raise OSError(f'it broke off after {part.stat().st_size:,} of {size:,} bytes')
+        if expected_sha256 and (found := sha256(part)) != expected_sha256:
+            raise OSError(f'what came has the sha256 {found[:12]}..., expected was {expected_sha256[:12]}...')
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

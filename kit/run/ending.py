@@ -1,0 +1,75 @@
+"""The end of a run: why it ends, what came of it, what is worth typing next."""
+
+import shlex
+from pathlib import Path
+
+from kit.base import ranks, signals
+from kit.run.due import BAD_STEPS
+from kit.state import checkpoints
+from kit.watch import diagnosis, samples
+
+
+def finish(due, s, model, data, meta, history, device, dtype):
+    """
+    Say why a run ends and what came of it; returns the exit status. due: the Due of its last step; s: the settings;
+    model: what is evaluated, the average where there is one; data: the Rows of val; history: the History of the run.
+    """
+    step, out_dir = due.state.step, s['out_dir']
+    if due.end == BAD_STEPS:
+        print(diagnosis.stopped_by_bad_numbers(step, int(due.state.bad_steps[0]), s['learning_rate'], dtype))
+        return 1
+    if due.end in signals.STOP:
+        show_how_to_go_on(due.end, step, out_dir)
+        return signals.status(due.end)
+    signals.obey()
+    show_why(due, out_dir, model)
+    if ranks.is_main:
+        samples.show(model, data, meta, device, dtype)
+        print('\n'.join(diagnosis.verdict(history)))
+        show_next_commands(out_dir, model.config.causal)
+    return 0 if due.is_saved else 1  # 1: the last state could not be saved
+
+
+def show_why(due, out_dir, model):
+    """Why a run ends before its last step. After an early stop the model gets the weights of best.pt again."""
+    path, step = Path(out_dir) / 'best.pt', due.state.step
+    if due.why:
+        print(due.why)
+        try:
+            if path.exists():
+                checkpoints.fill(model, checkpoints.weights(checkpoints.read(path)))
+                print(f'the weights are those of {path} again')
+            else:
+                print('no state was better than that of step 0, and none was kept as best.pt')
+        except checkpoints.Damaged as error:
+            print(f'WARNING: {error}; the weights stay those of the last step')
+    elif not due.is_fitted:
+        print(f'max_minutes: the time is up after {step:,} steps, before the speed was measured')
+    elif step < due.max_iters:
+        print(f'max_minutes: the time is up after {step:,} of {due.max_iters:,} steps; --init_from=resume makes the '
+              'others')
+
+
+def show_how_to_go_on(signal, step, out_dir):
+    """What a run says that a signal has stopped."""
+    where = '' if out_dir == 'checkpoints' else f' --out_dir={shlex.quote(out_dir)}'
+    saved = checkpoints.peek(Path(out_dir) / 'ckpt.pt').get('iter_num', 0)
+    if saved:
+        print(f'{signal}: stopped after {step} steps; this goes on '
+              f'{"as if it had not been" if saved == step else f"after step {saved}, the last that was saved"}:\n'
+              f'  python train.py{where} --init_from=resume')
+    else:
+        print(f'{signal}: stopped after {step} steps; there is nothing to go on from yet')
+
+
+def show_next_commands(out_dir, can_write):
+    """What is worth typing after a run."""
+    name = shlex.quote(out_dir)
+    where, run, average = ('', '', '') if out_dir == 'checkpoints' else (
+        f' --out_dir={name}', f' {name}', f' --checkpoint_dir={name}')
+    print('next:')
+    if can_write:
+        print(f'  python sample.py{where} --num_samples=3      more of its writing, after a --start of yours')
+    print(f'  python plot_loss.py{run}      the loss curve as a picture')
+    print(f'  python train.py --test{where}      loss, perplexity and accuracy on the test split')
+    print(f'  python checkpoint_averaging.py{average}      the last checkpoints as one, which may be better than any')

@@ -1,0 +1,37 @@
+"""The iter line: what a step was, printed, and recorded with the updates since the last one."""
+
+from kit.base import devices, ranks
+from kit.learn import gradients
+from kit.watch.journal import duration, short
+
+
+class IterLine:
+    """
+    model: not wrapped; journal, clock, due, bad_steps: the Journal, Clock, Due and gradients.BadSteps of the run;
+    tokens_per_step: without padding.
+    """
+
+    def __init__(self, model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, device, dtype):
+        self.model, self.journal, self.clock, self.due, self.bad_steps = model, journal, clock, due, bad_steps
+        self.tokens_per_step, self.steps_per_epoch = tokens_per_step, steps_per_epoch
+        self.flops_per_step = model.flops_per_token() * tokens_per_step  # forward and backward
+        self.device, self.dtype = device, dtype
+
+    def show(self, step, figures, norms, weights):
+        """
+        A step whose figures and norms update() has given; weights: a sample of them from before it. Reading the loss
+        waits for the device, so the steps in between stay unread.
+        """
+        loss, (seconds, data_seconds) = figures['loss'].item(), self.clock.pace()
+        tokens_per_second, epoch = self.tokens_per_step / seconds, (step + 1) / self.steps_per_epoch
+        mfu = self.flops_per_step / seconds / (devices.peak_flops(self.device, self.dtype) * ranks.world_size)
+        eta = seconds * (self.due.max_iters - step - 1) if self.due.is_fitted else self.clock.left()
+        print(f'iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu:.2%}, lr {figures["lr"]:.1e}, '
+              f'norm {figures["grad_norm"]:.2f}, {short(tokens_per_second)} tok/s, eta {duration(eta)}, '
+              f'epoch {epoch:.2f}')
+        self.journal.read({
+            'time_ms': seconds * 1000, 'data_ms': data_seconds * 1000,
+            'tokens_per_second': tokens_per_second, 'mfu': mfu, 'epoch': epoch, 'bad_steps': self.bad_steps.since_line,
+        } | gradients.by_layer(self.model, norms, weights) | devices.usage(self.device))
+        self.bad_steps.warn(step)
+        self.clock.took('step', n=0)

@@ -1,0 +1,155 @@
+"""Where a launch of train.py starts from, nothing, a checkpoint, or OpenAI's weights, and where a run goes back to."""
+
+import math
+
+from kit.base import overrides, ranks
+from kit.data import tokens
+from kit.learn import averages
+from kit.run import replay
+from kit.run.run_state import KEPT, RunState
+from kit.state import checkpoints, provenance
+from kit.watch.journal import check_wandb
+
+SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size'  # settings that weights cannot do without
+
+
+def find(config, trains):
+    """
+    What the settings name as the start, with the settings that it brings along taken over.
+
+    trains: whether a run will be written. Returns (config, saved, is_resume, past). saved: {} for nothing; with
+    is_resume the state of a training; else a model alone ('model', 'model_args', 'meta'); with `test` {path:
+    checkpoint}. past: with inspect_step the History of the run, else None. In the new config init_from says how the run
+    began, also where this launch goes on with it.
+    """
+    config, saved, is_resume, past = find_tested(config) if config['test'] else find_start(config, trains)
+    if config['objective'] == 'mlm' and not config['mask_prob']:
+        config['mask_prob'] = 0.15  # as BERT's
+    if config['find_lr'] or past and past.series.get('lr'):
+        config['lr_by_norm'] = False  # these rates are used as they are
+    return config, saved, is_resume, past
+
+
+def find_start(config, trains):
+    """find, where a run begins or goes on."""
+    out_dir, init_from, weights, saved, past = config['out_dir'], config['init_from'], config['weights'], {}, None
+    if trains:  # what is read here must still be true when this run writes
+        ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=False, may_write=False))
+    if config['inspect_step'] >= 0:  # with the settings that it was made with, from the last state before it
+        init_from, path, saved, made_with, past = replay.find_past(out_dir, config['inspect_step'])
+        config = overrides.adopt(config, made_with, SHAPE)
+        weights = made_with.get('weights', weights)
+    if init_from == 'auto':
+        is_there = checkpoints.exist(out_dir)
+        init_from = 'resume' if is_there else 'scratch'
+        print(f'init_from: {init_from} (auto: {out_dir} holds {"a" if is_there else "no"} checkpoint)')
+    is_resume = init_from == 'resume'
+    if is_resume:
+        if past is None:
+            path, saved = checkpoints.newest(out_dir)
+        print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
+        init_from = saved.get('config', {}).get('init_from', 'scratch')
+    elif init_from.endswith('.pt'):
+        found = checkpoints.load(init_from)
+        print(f'weights: {init_from}, after {found["iter_num"]} steps')
+        saved = {key: found[key] for key in ('model_args', 'meta') if key in found} | {
+            'model': checkpoints.weights(found, weights)}
+    elif init_from != 'scratch':
+        from kit.state import pretrained
+        saved = pretrained.load(init_from)
+    if saved and past is None:
+        fixed = [name for name in SHAPE if is_resume or name != 'block_size']  # GPT-2's can be cut
+        config = adopt_from(saved, config, fixed)
+    if is_resume and config['max_minutes'] and saved.get('fitted_minutes') == config['max_minutes']:
+        config['max_iters'] = saved['config']['max_iters']  # whatever is given here
+    if trains and config['wandb_log']:
+        check_wandb()
+    return config | {'init_from': init_from}, saved, is_resume, past
+
+
+def find_tested(config):
+    """find, where checkpoints are measured: the dataset and sizes of the first are taken over."""
+    paths = [path for path in config['checkpoint'].split(',') if path] or [str(checkpoints.best(config['out_dir']))]
+    tested = {path: checkpoints.load(path) for path in paths}
+    if len({saved.get('config', {}).get('objective', 'causal') for saved in tested.values()}) > 1:
+        overrides.fail('checkpoint: some of these write and others fill masks (objective); test them one by one')
+    return adopt_from(next(iter(tested.values())), config, SHAPE), tested, False, None
+
+
+def adopt_from(saved, config, fixed):
+    """The settings of a checkpoint and the sizes of its model taken over, see overrides.adopt."""
+    found = saved.get('config', {}) | {name: saved['model_args'][name] for name in SHAPE}
+    if {'max_iters', 'max_minutes'} & overrides.given:
+        found.pop('max_epochs', None)  # it would outdo them
+    return overrides.adopt(config, found, fixed)
+
+
+def model_args(saved, meta, has_mask, is_causal, **sizes):
+    """
+    What GPTConfig takes for a dataset and these sizes. The weights that a run begins with, if any, must fit both: they
+    are cut to the positions that are used, and get an id that hides a token where they lack one that is needed.
+    """
+    checkpoints.check_fit(saved, sizes['block_size'], meta)
+    if saved and has_mask:
+        checkpoints.make_room(saved, meta['vocab_size'] + 1)
+    if saved:
+        positions = 'transformer.wpe.weight'
+        saved['model'][positions] = saved['model'][positions][:sizes['block_size']]
+    args = saved.get('model_args', {'vocab_size': tokens.padded_vocab_size(meta, has_mask)}) | sizes
+    args.pop('causal', None)
+    return args if is_causal else args | {'causal': False}
+
+
+def restore(saved, is_resume, config, model, optimizer, scaler, average, device):
+    """
+    Put a training where saved has it, as find gives it: with is_resume all of it, else the weights alone, if any.
+    Returns its RunState, and whether it goes on with another text: then no loss so far is a mark.
+    """
+    state, is_other_text = RunState().to(device), False
+    if saved and not is_resume:
+        checkpoints.fill(model, saved['model'])
+    if is_resume:
+        state.take(saved)
+        checkpoints.restore(saved, model, optimizer, scaler)
+        averages.restore(average, saved)
+        is_other_text = saved.get('config', {}).get('dataset', config['dataset']) != config['dataset']
+    if is_other_text:
+        state.best_val_loss, state.val_losses = math.inf, []
+    return state, is_other_text
+
+
+def begin(config, model, data, tokens_per_step, warmup_steps, state, is_resume, is_other_text, journal):
+    """Make the folder of a run its own, and write into it from here on. data: the Rows of train."""
+    out_dir = config['out_dir']
+    facts = {'vocab_size': model.config.vocab_size, 'parameters': model.count_params(),
+             'tokens_per_step': tokens_per_step, 'warmup_iters': warmup_steps,
+             'unigram_entropy': data.unigram_entropy()}
+    ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=not is_resume))
+    journal.open(out_dir, config, facts, state.step if is_resume else None)
+    journal.show('model', model)
+    if ranks.is_main:
+        provenance.record(out_dir, config, facts, state.step, journal.places())
+        checkpoints.move_later_aside(out_dir, state.step, best_too=is_other_text)
+
+
+def go_back(out_dir, state, model, optimizer, scaler, average, journal):
+    """
+    Where bad steps do not end: put a training back to its last checkpoint from before the first of them, with other
+    text from there on. Bad steps left the weights as they were there, so that step's own would not do. Where there is
+    no such checkpoint only the text changes.
+    """
+    first_bad = state.step - int(state.bad_steps[0])
+    path, saved = checkpoints.before(out_dir, first_bad)
+    if saved:
+        print(f'WARNING: every step since {first_bad} was bad: back to {path}, after {saved["iter_num"]} steps, with '
+              'other text')
+        checkpoints.restore(saved, model, optimizer, scaler)
+        averages.restore(average, saved)
+        state.take(saved, but=KEPT)
+        if ranks.is_main:
+            checkpoints.move_later_aside(out_dir, state.step)
+    else:
+        print(f'WARNING: every step since {first_bad} was bad, no checkpoint is from before: other text from here on')
+    state.rewinds += 1
+    state.bad_steps[0] = 0
+    journal.go_back(state.step, state.rewinds)

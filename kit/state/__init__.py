@@ -1,0 +1,1 @@
+"""What lies on the disk: checkpoints, their means, how a run was made, other people's weights."""

@@ -1,0 +1,77 @@
+"""The mean of many checkpoints: which of a folder belong together, and their sum, read a piece at a time."""
+
+import glob
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from kit.base.overrides import fail
+from kit.state import checkpoints
+
+
+def different_steps(folder, pattern):
+    """
+    {step: (path, checkpoint)} of the training checkpoints in the folder of a run, by the step inside, the highest
+    first, their tensors still on the disk. Averages, steps that come again and steps beyond ckpt.pt are left out, and
+    it says so. A file that is no whole checkpoint ends the script.
+    """
+    last = checkpoints.peek(folder / 'ckpt.pt').get('iter_num', math.inf)  # where the run stands
+    paths, found = [folder / name for name in glob.glob(pattern, root_dir=folder)], {}
+    for path in sorted(paths, key=lambda path: (not path.name.startswith('step_'), path.name)):
+        try:
+            checkpoint, _ = checkpoints.open_lazily(path)
+        except checkpoints.Damaged as error:
+            fail(f'{error}; leave it out, with --pattern="step_*.pt" or by moving it elsewhere')
+        step = checkpoint['iter_num']
+        if 'averaged' in checkpoint:
+            print(f'left out: {path.name} is an average')
+        elif step > last:
+            print(f'left out: {path.name} is step {step}, beyond ckpt.pt: of a branch that was given up')
+        elif step in found:
+            print(f'left out: {path.name} is step {step} again, as {found[step][0].name}')
+        else:
+            found[step] = path, checkpoint
+    return dict(sorted(found.items(), reverse=True))
+
+
+def mean(paths, shares):
+    """
+    The weighted mean of the raw weights of checkpoints, {name: tensor}; the shares add up to 1. Each file is read
+    once, a piece at a time, summed in float64 and compared with its checksums on the way: the memory taken is that of
+    the result, however many there are. Raises checkpoints.Damaged, and ValueError where a weight is not finite.
+    """
+    opened = [checkpoints.open_lazily(path) for path in paths]
+    result, by_place, checks = {}, {}, []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib computes without Python's lock, beside the sums
+        for name in opened[0][0]['model']:
+            tensors = [checkpoint['model'][name] for checkpoint, _ in opened]
+            place = tuple(tensor.data_ptr() for tensor in tensors)
+            if place not in by_place:  # the output layer is the token embedding: one tensor under two names
+                checks += [pool.submit(checkpoints.check_tensor, path, tensor, sums)
+                           for path, tensor, (_, sums) in zip(paths, tensors, opened)]
+                by_place[place] = weighted_sum(tensors, shares)
+            result[name] = by_place[place]
+        for check in checks:
+            check.result()
+    for name in result:
+        if not checkpoints.is_finite(result[name]):
+            bad = [path for path, (one, _) in zip(paths, opened) if not checkpoints.is_finite(one['model'][name])]
+            raise ValueError(f'{bad[0] if bad else "the mean"}: {name} holds numbers that are not finite')
+    return result
+
+
+def weighted_sum(tensors, shares, piece=1 << 18):
+    """Of tensors of one shape, summed in float64, a piece of 2 MiB at a time."""
+    result = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    total, term = torch.empty(2, piece, dtype=torch.float64)  # made once: thousands of small ones leave holes in memory
+    for i in range(0, result.numel(), piece):
+        n = min(piece, result.numel() - i)
+        total[:n].zero_()
+        for tensor, share in zip(flat, shares):
+            term[:n] = tensor[i:i + n]
+            total[:n].add_(term[:n], alpha=share)
+        result.view(-1)[i:i + n] = total[:n]
+    return result

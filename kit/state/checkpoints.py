@@ -1,0 +1,538 @@
+"""
+Checkpoints on disk: written whole or not at all, verified before they are used, found, pruned.
+
+A checkpoint is a dict of plain types and tensors as torch.save writes it: a zip archive, and so every entry has a
+checksum. torch itself does not look at those.
+"""
+
+import errno
+import math
+import os
+import pickle
+import platform
+import random
+import shutil
+import sys
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kit.base import ranks
+from kit.base.overrides import fail
+from kit.data.tokens import check_meta, is_same_tokenizer
+from kit.learn import optimizers
+
+MODEL_ARGS = 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'dropout', 'gelu_approximate', \
+    'causal'
+
+
+class Damaged(Exception):
+    """A file that will not do as a checkpoint; the message says which and why."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def save(checkpoint, folder, names, stop_on_error=False):
+    """
+    Write a checkpoint once and give it each of the names, in their order (e.g. step_0000500.pt, best.pt, ckpt.pt: what
+    a resume takes comes last, when all the others are there). It is written beside, synced to the disk, its checksums
+    are checked, then it is renamed: a name always holds a whole file, the old one or the new one, whenever the power
+    goes. A best.pt that is better, or whose loss is a number where the new one is none, stays.
+
+    Returns whether it was saved. Where it could not be, the older checkpoints are untouched, and one line says why:
+    a run is worth more than one checkpoint. With stop_on_error it ends the script.
+    """
+    folder = Path(folder)
+    part, link = folder / f'.{names[-1]}.part', folder / f'.{names[-1]}.link'
+    loss = checkpoint.get('best_val_loss', math.inf)
+    if 'best.pt' in names and not (math.isfinite(loss) and loss <= best_val_loss(folder)):
+        names = [name for name in names if name != 'best.pt']
+        print(f'{folder / "best.pt"} stays: it is better')
+    try:
+        if bad := [name for name, tensor in checkpoint['model'].items() if not is_finite(tensor)]:
+            raise OSError(f'{bad[0]} holds numbers that are not finite')
+        if not folder.exists():
+            print(f'WARNING: {folder} is gone; it is made again')
+            folder.mkdir(parents=True)
+        part.unlink(missing_ok=True)  # left by a kill it can be the same file as ckpt.pt: never write into it
+        with open(part, 'wb') as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        verify(part)
+        for name in names:
+            link.unlink(missing_ok=True)
+            try:
+                os.link(part, link)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(part, link)
+                sync(link)
+            os.replace(link, folder / name)
+        if os.name == 'posix':  # a rename is on the disk only when its folder is
+            sync(folder)
+    except (OSError, RuntimeError, Damaged) as error:  # torch.save raises a RuntimeError on a full disk
+        message = f'no checkpoint was saved to {folder} ({reason(error, folder)}); the older ones are untouched'
+        if stop_on_error:
+            print(message, file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+        print(f'WARNING: {message} and training goes on')
+        return False
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+            link.unlink(missing_ok=True)
+    return True
+
+
+def reason(error, folder):
+    """An error of a save in words; torch's own do not say that the disk is full."""
+    with suppress(OSError):
+        if (free := shutil.disk_usage(folder).free) < 2**30:
+            return f'{str(error).splitlines()[0]}; {free / 2**20:.1f} MiB are free there'
+    return str(error).splitlines()[0]
+
+
+def sync(path):
+    """What was written to a file, or renamed in a folder, is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def interval_checkpoints(folder):
+    """{step: path} of the step_0002000.pt in a folder, in their order."""
+    found = {int(path.stem[5:]): path for path in Path(folder).glob('step_*.pt') if path.stem[5:].isdecimal()}
+    return dict(sorted(found.items()))
+
+
+def prune(folder, keep_last):
+    """Delete all but the newest keep_last interval checkpoints; 0 keeps them all."""
+    for path in list(interval_checkpoints(folder).values())[:-keep_last or None] if keep_last else []:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            print(f'WARNING: {path} is past keep_last and could not be deleted ({error.strerror})')
+
+
+def claim(folder, is_new, may_write=True):
+    """
+    Make a folder that of this run alone, for as long as the process lives. Another that writes there is refused. A new
+    run never overwrites an old one: checkpoints becomes checkpoints.1, or the first number that is free. Without
+    may_write only a folder that exists is locked, and nothing else is done yet.
+    """
+    global lock
+    folder = Path(folder)
+    try:
+        if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+            fail(f'out_dir = {str(folder)!r}: the run needs a folder of its own, such as --out_dir=exp1')
+        if may_write:
+            folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_dir():
+            lock = lock or take_lock(folder)
+        if may_write and is_new and ((folder / 'training.log').exists() or any(folder.glob('*.pt'))):
+            for inner in folder.rglob('*/.lock'):  # nor is a folder moved in which another run has its own
+                take_lock(inner.parent)
+            place = folder.resolve() if folder.is_symlink() else folder  # not the link is moved, but what it names
+            aside = first_free(place)
+            os.rename(place, aside)
+            place.mkdir()
+            lock = take_lock(folder)  # until here it was that of the old folder
+            print(f'{folder} holds an earlier run: moved to {aside}')
+    except (OSError, RuntimeError) as error:  # a RuntimeError is a circle of links
+        reason = getattr(error, 'strerror', None) or error
+        fail(f'out_dir = {str(folder)!r}: nothing can be written there ({reason}); choose another folder')
+
+
+lock = None  # an open file; the system gives the lock back when the process ends, however it ends
+
+
+def take_lock(folder):
+    """A lock on a folder, or the end of the script where another process has it. Windows has no such locks."""
+    with suppress(ImportError):
+        import fcntl
+        file = open(folder / '.lock', 'w')
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f'out_dir = {str(folder)!r}: another run is writing there; wait for its end, or choose another folder')
+        except OSError:  # a network drive without locks
+            print(f'{folder} cannot be locked: take care that no other run writes there')
+        return file
+
+
+def first_free(path):
+    """path with the first number behind it that is free: path.1, path.2, ..."""
+    number = 1
+    while (free := path.with_name(f'{path.name}.{number}')).exists():
+        number += 1
+    return free
+
+
+def move_later_aside(folder, step, best_too=False):
+    """
+    A run that goes on from a step goes its own way: interval checkpoints beyond it are moved to a folder later.1, ...
+    in the folder of the run, and with best_too, where best.pt was measured on other text, that as well.
+    """
+    later = [path for number, path in interval_checkpoints(folder).items() if number > step]
+    if best_too and (Path(folder) / 'best.pt').exists():
+        later.append(Path(folder) / 'best.pt')
+    if later:
+        aside = first_free(Path(folder) / 'later')
+        try:
+            aside.mkdir()
+            for path in later:
+                os.replace(path, aside / path.name)
+        except OSError as error:
+            fail(f'{folder}: what lies beyond step {step} could not be moved to {aside} ({error.strerror})')
+        print(f'{", ".join(path.name for path in later)}: not of the run that goes on from step {step}; '
+              f'moved to {aside}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finding
+
+
+def exist(folder):
+    """Whether there is anything to go on from, whole or not."""
+    return ranks.from_main(lambda: any(os.path.isfile(path) for path in candidates(folder)))
+
+
+def candidates(folder):
+    """The files that hold a state of the training."""
+    folder = Path(folder)
+    return [folder / 'ckpt.pt', folder / 'best.pt', *interval_checkpoints(folder).values()]
+
+
+def newest(folder):
+    """
+    (path, checkpoint) to go on from: ckpt.pt, or where that is damaged or missing, and it says so, the newest that is
+    whole. Rank 0 chooses, the others take the same.
+    """
+    def choose():
+        found = [path for path in candidates(folder) if os.path.isfile(path)]
+        if not found:
+            fail(f'{Path(folder) / "ckpt.pt"}: there is no checkpoint to go on from; train first, or give '
+                 '--out_dir=FOLDER of a run')
+        # what cannot be read comes first: it is named then
+        steps = {path: peek(path).get('iter_num', math.inf) for path in found}
+        damages = [] if found[0].name == 'ckpt.pt' else [f'{Path(folder) / "ckpt.pt"} is missing']
+        for path in sorted(found, key=lambda path: (path.name == 'ckpt.pt', steps[path]), reverse=True):
+            try:
+                mine.append(read(path, resume=True))
+            except Damaged as error:
+                damages.append(str(error))
+                continue
+            for damage in damages:
+                print(f'WARNING: {damage}; {path.name} is taken')
+            return path
+        fail(f'{damages[0]}; no other checkpoint there is whole')
+    mine = []
+    path = ranks.from_main(choose)
+    return path, mine[0] if mine else load(path, resume=True)
+
+
+def before(folder, step):
+    """(path, checkpoint), the newest that is whole and of an earlier step; (None, {}) where there is none."""
+    def choose():
+        found = [path for path in candidates(folder) if os.path.isfile(path)]
+        steps = {path: peek(path).get('iter_num', math.inf) for path in found}  # inf: it cannot be read, and is named
+        for path in sorted(found, key=steps.get, reverse=True):
+            if step <= steps[path] < math.inf:
+                continue
+            try:
+                mine.append(read(path, resume=True))
+                return path
+            except Damaged as error:
+                print(f'WARNING: {error}')
+    mine = []
+    path = ranks.from_main(choose)
+    return path, mine[0] if mine else load(path, resume=True) if path else {}
+
+
+def best(folder):
+    """The checkpoint to sample from or to test where none is named: best.pt, else ckpt.pt."""
+    for name in ('best.pt', 'ckpt.pt'):
+        if os.path.isfile(Path(folder) / name):
+            return Path(folder) / name
+    fail(f'{folder} holds no checkpoint; train first (python train.py), or give --checkpoint=FILE or --out_dir=FOLDER')
+
+
+def best_val_loss(folder):
+    """That of best.pt; inf where there is none, or a damaged one."""
+    try:
+        verify(Path(folder) / 'best.pt')
+        loss = float(peek(Path(folder) / 'best.pt')['best_val_loss'])
+    except (Damaged, FileNotFoundError, KeyError, TypeError, ValueError):
+        return math.inf
+    except (OSError, MemoryError):  # it cannot be judged now, and so it stays
+        return -math.inf
+    return math.inf if math.isnan(loss) else loss
+
+
+def peek(path):
+    """A checkpoint with its tensors still on the disk and not verified; {} where it cannot be read."""
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        return checkpoint if isinstance(checkpoint['iter_num'], int) else {}
+    except Exception:  # torch raises many kinds
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def load(path, resume=False):
+    """
+    A checkpoint of this project or of nanoGPT, on the CPU, its model's names without the prefix and the masks that
+    torch.compile and old versions have left there. Every byte is verified; nothing in the file is run. resume: it must
+    hold the state of the training too, and is read into memory; else its tensors stay on the disk until they are used.
+    """
+    if not Path(path).exists():
+        fail(f'{path}: there is no such checkpoint')
+    try:
+        return read(path, resume)
+    except Damaged as error:
+        fail(error)
+
+
+def read(path, resume=False):
+    """load, raising Damaged."""
+    try:
+        verify(path)
+        return open_unverified(path, resume)
+    except Exception as error:  # torch raises many kinds here, and each means that this file will not do
+        raise damaged(path, error) from None
+
+
+def damaged(path, error):
+    """The Damaged that an error in reading stands for; one that is no fault of the file's ends the script."""
+    reason = f'{type(error).__name__}: {" ".join(str(error).split())[:80]}'
+    if is_no_damage(error):
+        fail(f'{path} cannot be read: {reason}')
+    if isinstance(error, pickle.UnpicklingError):
+        reason = 'it asks for code, and that is never run'
+    elif isinstance(error, Damaged):
+        reason = error
+    return Damaged(f'{path} is damaged, or no checkpoint of flatGPT or nanoGPT ({reason})')
+
+
+def open_unverified(path, resume=False):
+    """The checkpoint, raising whatever torch raises."""
+    checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=not resume)
+    checkpoint['model_args'].setdefault('bias', True)  # nanoGPT's first ones do not say
+    checkpoint['iter_num'] = int(checkpoint['iter_num'])
+    for key in ('model', 'ema', 'swa'):
+        if key in checkpoint:
+            state = {name.removeprefix('_orig_mod.'): value for name, value in checkpoint[key].items()}
+            checkpoint[key] = {name: value for name, value in state.items() if not name.endswith('.attn.bias')}
+    check_form(checkpoint, resume)
+    return checkpoint
+
+
+def is_no_damage(error):
+    """Whether a file could not be read for reasons that lie outside it: rights, memory, too many open files."""
+    outside = errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE
+    return (isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in outside
+            or 'allocate memory' in str(error))
+
+
+def verify(path):
+    """Read every entry of an archive and compare it with its checksum. Raises Damaged."""
+    with open(path, 'rb') as file:
+        if not zipfile.is_zipfile(file):  # as everything that torch.save writes; other pickles are not even opened
+            raise Damaged('it is no archive of torch.save, or was cut off')
+    threads = min(8, os.cpu_count() or 1)
+
+    def check(first):  # zlib computes without Python's lock, so that the threads work side by side
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist()[first::threads]:
+                check_entry(info)
+                with archive.open(info) as entry:
+                    while entry.read(1 << 22):
+                        pass
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(check, range(threads)))
+    except Exception as error:  # a broken archive raises many kinds
+        if is_no_damage(error):
+            raise
+        raise Damaged(f'other bytes than were written: {" ".join(str(error).split())[:80]}') from None
+
+
+def check_entry(info):
+    """What zipfile passes over and torch does not: an entry marked as a folder is read as zeros."""
+    if info.is_dir() or info.external_attr & 0x10 or info.file_size != info.compress_size:
+        raise Damaged(f'the entry {info.filename} is none of torch.save')
+
+
+def open_lazily(path):
+    """
+    (checkpoint, sums) with the tensors still on the disk and not verified: check_tensor does that with the sums, once
+    they are used. All else in the file is verified. Raises Damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                check_entry(info)
+                with archive.open(info) as entry:  # compares the header of an entry with the directory
+                    if '/data/' not in info.filename:
+                        entry.read()
+            sums = {(info.file_size, info.CRC) for info in archive.infolist()}
+        return open_unverified(path), sums
+    except Exception as error:
+        raise damaged(path, error) from None
+
+
+def check_tensor(path, tensor, sums):
+    """The bytes of a tensor, with those beside it in its storage, must be those of an entry of the file."""
+    stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    if (len(stored), zlib.crc32(stored.numpy())) not in sums:
+        raise Damaged(f'{path} is damaged (a tensor has other bytes than were written)')
+
+
+def check_form(checkpoint, resume):
+    """Raise KeyError, TypeError or ValueError where a checkpoint lacks what the scripts take from it."""
+    args = checkpoint['model_args']
+    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'):
+        if not isinstance(args[key], int) or args[key] < 1:
+            raise ValueError(f'its model_args have {key} = {args[key]!r}')
+    if strange := args.keys() - {*MODEL_ARGS}:
+        raise ValueError(f'its model_args have {", ".join(sorted(strange))}, which is not GPT-2')
+    for name, value in checkpoint['model'].items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f'{name} is no tensor')
+    if 'transformer.wpe.weight' not in checkpoint['model']:
+        raise KeyError('transformer.wpe.weight')
+    if checkpoint['iter_num'] < 0:
+        raise ValueError(f'its iter_num is {checkpoint["iter_num"]}')
+    if args['n_embd'] % args['n_head']:
+        raise ValueError(f'its model_args have n_embd = {args["n_embd"]} and n_head = {args["n_head"]}')
+    if resume:
+        float(checkpoint['best_val_loss'])
+        if not checkpoint['optimizer']['param_groups'] or not checkpoint['optimizer']['state']:
+            raise ValueError('its optimizer has no state')
+        if checkpoint.get('rewinds', 0) < 0 or len(checkpoint.get('bad_steps', [0, 0])) != 2:
+            raise ValueError('its count of bad steps is none')
+        for name in 'val_losses', 'recent_norms':
+            if not all(isinstance(number, float) for number in checkpoint.get(name, [])):
+                raise ValueError(f'its {name} are no numbers')
+    dict(checkpoint.get('config', {}))
+    if 'meta' in checkpoint:
+        check_meta(checkpoint['meta'])
+
+
+def average_in(checkpoint):
+    """'ema' or 'swa', where a checkpoint has such weights beside the raw ones; else None."""
+    return next((kind for kind in ('ema', 'swa') if kind in checkpoint), None)
+
+
+def weights(checkpoint, which='auto'):
+    """Its weights: raw, ema or swa; auto takes the average where it has one."""
+    average = average_in(checkpoint)
+    if which not in ('auto', 'raw', average):
+        fail(f'weights = {which!r}: this checkpoint has raw{f" and {average}" if average else ""} weights')
+    return checkpoint['model' if which == 'raw' or not average else average]
+
+
+def first_difference(a, b):
+    """What keeps the weights of two checkpoints from being averaged, in words; '' where nothing does."""
+    for key in MODEL_ARGS:
+        mine, theirs = a['model_args'].get(key), b['model_args'].get(key)
+        if mine != theirs and key != 'dropout':
+            return f'{key} is {theirs} and {mine}'
+    if a.get('meta', {}).get('tokenizer') != b.get('meta', {}).get('tokenizer'):
+        return 'their tokenizers differ'
+    for name in a['model'] | b['model']:
+        mine, theirs = (tuple(state[name].shape) if name in state else 'missing' for state in (a['model'], b['model']))
+        if mine != theirs:
+            return f'{name} is {theirs} and {mine}'
+    return ''
+
+
+def is_finite(tensor):
+    """Whether all numbers are, without a copy of the tensor: NaN is both the lowest and the highest."""
+    return all(math.isfinite(edge) for edge in tensor.aminmax())
+
+
+def fill(model, state):
+    """Load the weights of a checkpoint into a model."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = ' '.join(line.strip() for line in str(error).splitlines()[1:])
+        fail(f'the weights do not fit their own model_args: {reason[:150]}')
+
+
+def restore(saved, model, optimizer, scaler):
+    """Put the objects of a training back to where a checkpoint has them. nanoGPT's have fewer."""
+    fill(model, saved['model'])
+    try:
+        optimizers.restore(optimizer, saved['optimizer'])
+        if saved.get('scaler') and scaler.is_enabled():  # empty where the loss was not scaled
+            scaler.load_state_dict(saved['scaler'])
+        restore_random_states(saved.get('random_states'))
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        fail(f'the state of the optimizer does not fit the model ({type(error).__name__}: {error}); '
+             'take the weights alone: --init_from=FILE.pt')
+
+
+def random_states():
+    """
+    The states of all generators. A step needs none of them, since it seeds torch anew; code that somebody adds may draw
+    from Python's and NumPy's, and goes on where it stopped.
+    """
+    kind, keys, *rest = np.random.get_state()
+    return {'python': random.getstate(), 'numpy': (kind, keys.tolist(), *rest), 'torch': torch.get_rng_state(),
+            'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def restore_random_states(states):
+    if states:
+        random.setstate(states['python'])
+        np.random.set_state(states['numpy'])
+        torch.set_rng_state(states['torch'])
+        for i, state in enumerate(states['cuda'][:torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, i)
+
+
+def versions():
+    return {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__,
+            'cuda': torch.version.cuda}
+
+
+def make_room(saved, vocab_size):
+    """Give saved weights more ids, such as the one that hides a token: they begin as the mean of the others."""
+    known = saved['model_args']['vocab_size']
+    if vocab_size <= known:
+        return
+    if 'optimizer' in saved:
+        fail('mask_prob: these weights know no id that hides a token, and their optimizer neither; '
+             'begin a new run with them: --init_from=FILE.pt')
+    saved['model_args'] = saved['model_args'] | {'vocab_size': vocab_size}
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        old = saved['model'][name]
+        saved['model'][name] = torch.cat([old, old.mean(dim=0, keepdim=True).expand(vocab_size - known, -1)])
+
+
+def check_fit(saved, block_size, meta):
+    """Saved weights must know the ids of the dataset and the positions of a row; of these they may have more."""
+    if not saved:
+        return
+    known = saved['model_args']
+    if meta['vocab_size'] > known['vocab_size']:
+        fail(f'dataset: it has {meta["vocab_size"]:,} ids and these weights know {known["vocab_size"]:,}; '
+             'prepare the text with their tokenizer')
+    if not is_same_tokenizer(meta['tokenizer'], saved.get('meta', meta)['tokenizer']):
+        fail('dataset: its ids mean other tokens than those of these weights; prepare the text with their tokenizer')
+    if block_size > known['block_size']:
+        fail(f'block_size = {block_size}: these weights know {known["block_size"]} positions, no more')

@@ -1,0 +1,579 @@
+"""
+Many runs of train.py as one sweep: a file says which, each is a process of its own, and a table says what came of them.
+
+All that a sweep must know is in its folder: sweep.json, what it is; a folder for each run, with result.json once the
+run has ended; study.db, what Optuna knows. So a sweep can be killed at any moment and goes on.
+"""
+
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from kit.base import overrides
+from kit.learn import schedules
+from kit.state import checkpoints
+from kit.watch import runlogs
+from kit.watch.diagnosis import History
+
+OWN = {'config': '', 'variants': {}, 'method': 'grid', 'seeds': 1, 'max_runs': 0, 'minimise': 'val/loss'}
+METHODS = 'grid', 'random', 'bayes'
+METRICS = 'val/loss', 'train/loss'  # what an evaluation measures that is the better the lower
+RESERVED = {'out_dir': 'the runs get folders in that of the sweep, which is --out_dir of sweep.py',
+            'seed': 'a sweep has seeds = 3, or seeds = [1, 2]'}
+ERRANDS = 'dry_run', 'eval_only', 'test', 'checkpoint', 'inspect_step', 'find_lr'  # with them train.py trains nothing
+SEED = 1337  # of what random and bayes draw
+CURVES = 12  # that one picture can show
+# run by the child before train.py: the system tells it to stop when the sweep's process is gone, however that ended
+TIED = ('import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n'
+        'if os.getppid() == int(sys.argv[1]): os.execv(sys.executable, [sys.executable, *sys.argv[2:]])')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the file: which runs
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers from low to high, both included; whole ones where both are whole."""
+    low: float
+    high: float
+    is_log: bool
+
+    def at(self, share):
+        """The number below which a share, 0 <= share < 1, of those that are drawn would lie."""
+        if self.is_log:
+            low, high = math.log(self.low), math.log(self.high + (type(self.high) is int))
+            value = math.exp(low + share * (high - low))
+        else:
+            value = self.low + share * (self.high + (type(self.high) is int) - self.low)
+        return min(int(value), self.high) if type(self.low) is int else self.rounded(value)
+
+    def rounded(self, value):
+        """To four digits, which a table can show and a person can type."""
+        return value if type(value) is int else min(max(float(f'{value:.4g}'), self.low), self.high)
+
+
+def uniform(low, high):
+    """Numbers between low and high, each as likely as any other: uniform(0.0, 0.3), uniform(2, 8)."""
+    return Range(low, high, is_log=False)
+
+
+def log_uniform(low, high):
+    """The same for their logarithms: log_uniform(1e-4, 1e-1) draws as much from each decade."""
+    return Range(low, high, is_log=True)
+
+
+def at(values, share):
+    """The same for a list, or a Range."""
+    return values.at(share) if isinstance(values, Range) else values[int(share * len(values))]
+
+
+@dataclass
+class Sweep:
+    """What a sweep file says. A point is one set-up: {name: value} for what is swept, and 'variant' where there are."""
+    words: list          # config files and arguments that all runs share
+    fixed: dict          # settings that all share
+    space: dict          # name: list of values, or Range
+    variants: dict       # name: settings
+    method: str
+    seeds: list
+    max_runs: int        # set-ups; 0 = all of a grid
+    minimise: str
+    description: str
+    base: dict           # all settings of train.py, as words and fixed have them
+    changed: dict        # those of them that are not the defaults of train.py
+
+    def settings(self, point):
+        """The settings that a point stands for."""
+        return self.variants.get(point.get('variant'), {}) | {k: v for k, v in point.items() if k != 'variant'}
+
+    def columns(self):
+        """The settings that differ between the runs."""
+        return list(dict.fromkeys([*(name for some in self.variants.values() for name in some), *self.space]))
+
+    def axes(self):
+        return ({'variant': list(self.variants)} if self.variants else {}) | self.space
+
+    def identity(self):
+        """What another sweep would not share. More seeds or set-ups are the same sweep."""
+        return {'method': self.method, 'minimise': self.minimise, 'settings': self.changed,  # in another order of
+                'variants': [[name, settings] for name, settings in self.variants.items()],  # these the set-ups have
+                'space': [[name, str(values)] for name, values in self.space.items()]}       # other numbers
+
+
+def read(word, given, script):
+    """
+    The Sweep in a file. given: settings that the command line has put over it. script: train.py, whose settings it may
+    name. Whatever is wrong with it ends the script; nothing is written here.
+    """
+    train = overrides.read_script(script)
+    defaults = train.settings
+    helpers = {'uniform': uniform, 'log_uniform': log_uniform}
+    namespace, assigned = overrides.execute(word, OWN | helpers, 'sweep')
+    overrides.check_names(word, namespace, assigned, [*defaults, *OWN])
+    own = {name: namespace[name] for name in OWN} | given
+    for name, value in own.items():
+        if not isinstance(value, (int, list) if name == 'seeds' else type(OWN[name])) or isinstance(value, bool):
+            overrides.fail(f'{word}: {name} = {value!r} does not fit, {name} = {OWN[name]!r} would')
+    try:  # the folders of many runs stay small, where the file does not say otherwise
+        words = ['--tensorboard=False', '--save_interval=0', *shlex.split(own['config'])]
+    except ValueError as error:
+        overrides.fail(f'{word}: config = {own["config"]!r}: {error}')
+    base = overrides.settings_of(script, words)
+    named = {name: value for name, value in namespace.items() if name in defaults}
+    where = lambda name, value: f'{word}: {name} = {value!r}'
+    for name in [*named, *(name for some in own['variants'].values() if isinstance(some, dict) for name in some),
+                 *(word[2:].partition('=')[0] for word in words if word.startswith('--')),
+                 *(name for name in ERRANDS if base.get(name) != defaults.get(name))]:  # by a config file
+        if name in RESERVED or name in ERRANDS:
+            overrides.fail(f'{word}: {name}: {RESERVED.get(name, "a sweep trains, and with this train.py does not")}')
+    fixed, space, variants = {}, {}, {}
+    for name, value in named.items():
+        if isinstance(value, list):
+            if not value:
+                overrides.fail(f'{word}: {name} = []: it needs at least one value')
+            space[name] = list(dict.fromkeys(
+                overrides.check_type(name, v, defaults[name], where(name, value)) for v in value))
+        elif isinstance(value, Range):
+            space[name] = check_range(name, value, defaults[name], f'{word}: {name}')
+        else:
+            fixed[name] = overrides.check_type(name, value, defaults[name], where(name, value))
+    for variant, some in own['variants'].items():
+        if not isinstance(some, dict):
+            overrides.fail(f'{word}: variants: {variant!r} needs settings: {{{variant!r}: {{"learning_rate": 5e-3}}}}')
+        for name in some:
+            if name not in defaults:
+                overrides.fail(f'{word}: variants, {variant!r}: {name}: train.py has no such setting'
+                               f'{overrides.nearest(name, defaults)}')
+            if name in space:
+                overrides.fail(f'{word}: {name} has values of its own, and the variant {variant!r} has another')
+        variants[str(variant)] = {name: overrides.check_type(name, value, defaults[name], where(name, value))
+                                  for name, value in some.items()}
+    first = base['seed']
+    seeds = own['seeds'] if isinstance(own['seeds'], list) else list(range(first, first + own['seeds']))
+    if not seeds or any(type(seed) is not int for seed in seeds):
+        overrides.fail(f'{word}: seeds = {own["seeds"]!r}: a number from 1 on, or a list of whole numbers')
+    sweep = Sweep(words, fixed, space, variants, own['method'], list(dict.fromkeys(seeds)), own['max_runs'],
+                  own['minimise'], (namespace.get('__doc__') or '').strip(), base | fixed,
+                  {name: value for name, value in (base | fixed).items() if value != defaults[name]})
+    check(sweep, word, train)
+    return sweep
+
+
+def check_range(name, value, default, where):
+    """A Range that draws what a setting takes, or the end of the script."""
+    kind = 'log_uniform' if value.is_log else 'uniform'
+    example = f'{kind}({"1e-4, 1e-1" if isinstance(default, float) else "32, 512"})'
+    if type(default) not in (int, float):
+        overrides.fail(f'{where} takes no numbers: name its values as a list, [..., ...]')
+    low, high = (overrides.check_type(name, v, default, f'{where} = {kind}({value.low!r}, {value.high!r})')
+                 for v in (value.low, value.high))
+    if not low < high or value.is_log and low <= 0:
+        overrides.fail(f'{where} = {kind}({low}, {high}): it needs two numbers, the smaller first'
+                       f'{" and above 0" if value.is_log else ""}: {example}')
+    return Range(low, high, value.is_log)
+
+
+def check(sweep, word, train):
+    """What must hold of a sweep and of every set-up that is known before it runs. train: the Script of train.py."""
+    if sweep.method not in METHODS:
+        overrides.fail(f'{word}: method = {sweep.method!r}{overrides.nearest(sweep.method, METHODS)}; it is one of '
+                       f'{", ".join(METHODS)}')
+    if sweep.minimise not in METRICS:
+        overrides.fail(f'{word}: minimise = {sweep.minimise!r}: no evaluation measures that'
+                       f'{overrides.nearest(sweep.minimise, METRICS)}; it is one of {", ".join(METRICS)}')
+    if sweep.method == 'bayes':
+        overrides.require('optuna', 'method = bayes')
+        if not sweep.axes():
+            overrides.fail(f'{word}: method = bayes: no setting has a list of values or a range to search in')
+    ranges = [name for name, values in sweep.space.items() if isinstance(values, Range)]
+    if sweep.method == 'grid' and ranges:
+        overrides.fail(f'{word}: {ranges[0]} is a range, and method = grid takes lists of values; method = random or '
+                       'bayes draws from it')
+    if sweep.max_runs < 0 or sweep.method != 'grid' and sweep.max_runs == 0:
+        overrides.fail(f'{word}: max_runs = {sweep.max_runs}: method = {sweep.method} needs to know how many set-ups '
+                       'it may try, such as --max_runs=20')
+    corners = [[values.low, values.high] if isinstance(values, Range) else values for values in sweep.axes().values()]
+    for point in points(sweep) if sweep.method != 'bayes' else [
+            dict(zip(sweep.axes(), corner)) for corner in itertools.product(*corners)]:
+        settings = sweep.base | sweep.settings(point)
+        if settings['init_from'] in ('resume', 'auto'):
+            overrides.fail(f'{word}: init_from = {settings["init_from"]}: the runs of a sweep are new ones, which '
+                           'begin from scratch or from the weights of another; a half-made one goes on by itself')
+        overrides.check_settings(train, settings)
+        schedules.check(settings)
+    for seed in sweep.seeds:
+        overrides.check_settings(train, sweep.base | {'seed': seed})
+
+
+def points(sweep):
+    """The set-ups of a grid, the last setting varying fastest, or those that random draws, each once."""
+    axes = sweep.axes()
+    if sweep.method == 'grid':
+        grid = (dict(zip(axes, values)) for values in itertools.product(*axes.values()))
+        return list(itertools.islice(grid, sweep.max_runs or None))
+    rng, found, in_vain = random.Random(SEED), {}, 0
+    while len(found) < sweep.max_runs and in_vain < 1000:  # then there are hardly any others
+        point = {name: at(v, rng.random()) for name, v in axes.items()}
+        in_vain = in_vain + 1 if json.dumps(point) in found else 0
+        found[json.dumps(point)] = point
+    return list(found.values())
+
+
+def label(point):
+    """A set-up in words: 'large rate, batch_size=8'."""
+    words = ', '.join(v if k == 'variant' else f'{k}={v}' for k, v in point.items())
+    return ' '.join(words.split()) or 'as it is'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run: a process and a folder
+
+
+@dataclass
+class Run:
+    number: int          # of its set-up, from 1 on
+    point: dict
+    seed: int
+    folder: Path
+    process: subprocess.Popen | None = None
+    slot: int = 0        # its place among those that run at the same time
+    began: float = 0.0   # time.time()
+    is_pruned: bool = False
+    judged_at: int = 0   # the newest step whose loss the pruner has seen
+    history: History = field(default_factory=History)  # what follow() has read
+    read_up_to: int = 0  # bytes of metrics.jsonl
+
+    def __str__(self):
+        return f'{label(self.point)}, seed {self.seed}'
+
+
+def new_run(folder, number, point, seed):
+    slug = re.sub(r'[^\w.=+-]+', '_', label(point))[:60]
+    return Run(number, point, seed, Path(folder) / f'{number:03d}-{slug}-{seed}')
+
+
+def command(sweep, run, script):
+    """train.py with the settings of a run, which goes on where it was interrupted."""
+    settings = sweep.fixed | sweep.settings(run.point)
+    begin = (sweep.base | settings)['init_from']
+    settings |= {'seed': run.seed, 'out_dir': str(run.folder),
+                 'init_from': 'resume' if any(run.folder.glob('*.pt')) else 'auto' if begin == 'scratch' else begin}
+    return [sys.executable, str(script), *sweep.words, *(f'--{name}={value}' for name, value in settings.items())]
+
+
+def start(sweep, run, script, gpu=None, threads=None):
+    """Start the process of a run. gpu: the one that it sees. threads: of the CPU that it may use."""
+    if run.folder.exists() and not any(run.folder.glob('*.pt')):
+        shutil.rmtree(run.folder)  # it was interrupted before its first checkpoint, and begins anew
+    run.folder.mkdir(parents=True, exist_ok=True)
+    words = command(sweep, run, script)
+    if sys.platform == 'linux':
+        words = [sys.executable, '-c', TIED, str(os.getpid()), *words[1:]]
+    env = dict(os.environ) | ({'CUDA_VISIBLE_DEVICES': gpu} if gpu is not None else {})
+    if threads:
+        env.setdefault('OMP_NUM_THREADS', str(threads))
+    run.began = time.time()
+    with open(run.folder / 'console.log', 'wb') as log:
+        # a session of its own: Ctrl-C is for the sweep, which passes it on
+        run.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
+                                       start_new_session=True)
+
+
+def is_locked(folder):
+    """Whether a process of an earlier launch of the sweep still writes there."""
+    with suppress(ImportError, OSError):
+        import fcntl
+        with open(folder / '.lock') as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
+
+
+def first_free(waiting):
+    """The first of the runs whose folder is not locked; None where there is none, and that is told once."""
+    for run in waiting:
+        if not is_locked(run.folder):
+            return run
+    for run in waiting[:1]:
+        if run.folder not in told:
+            told.add(run.folder)
+            tqdm.write(f'waits for {run.folder.name}: another process writes there')
+
+
+def follow(run):
+    """Read what a run has recorded since the last call into its history."""
+    with suppress(OSError), open(run.folder / 'metrics.jsonl', 'rb') as file:
+        file.seek(run.read_up_to)
+        text = file.read()
+        whole = text[:text.rfind(b'\n') + 1]  # a line may be half written
+        run.read_up_to += len(whole)
+        runlogs.read_metrics(io.StringIO(whole.decode('utf-8', 'replace')), run.history)
+
+
+def finish(sweep, run):
+    """The result of a run whose process has ended, also written into its folder."""
+    status, history = run.process.returncode, History()
+    runlogs.read_records(run.folder, history)
+    last = {name: values[-1] if len(values) else math.nan
+            for name in ('val/loss', 'train/loss', sweep.minimise) for values in [history.get(name)[1]]}
+    steps, values = history.get(sweep.minimise)
+    finite = np.isfinite(values)
+    words, facts = last_words(run.folder, status), runlogs.read_facts(run.folder)
+    guess = math.log(facts.get('vocab_size', math.inf))
+    if run.is_pruned and status:
+        kind = 'pruned'
+    elif status == 1 and words.startswith('stopped at step'):
+        kind = 'diverged'
+    elif status or not len(values):
+        kind = 'crashed'
+    elif values[-1] <= max(guess, values[0]):  # a new model begins a little above a guess
+        kind = 'finished'
+    else:
+        kind, words = 'diverged', f'{sweep.minimise} is {values[-1]:.4f} at the end, and a fair guess has {guess:.4f}'
+    made, evaluated = history.get('loss', 1)[0], history.get('val/loss', 1)[0]
+    memory = history.get('system/gpu_peak_gib')[1] if 'system/gpu_peak_gib' in history.series else \
+        history.get('system/cpu_memory_gib')[1]
+    number = lambda value: float(value) if math.isfinite(value) else None
+    result = {
+        'number': run.number, 'point': run.point, 'seed': run.seed, 'status': kind,
+        'lowest': number(values[finite].min()) if finite.any() else None,
+        'at_step': int(steps[finite][values[finite].argmin()]) if finite.any() else None,
+        'val/loss': number(last['val/loss']), 'train/loss': number(last['train/loss']),
+        'seconds': number(max(history.last('time', 10**9), default=math.nan)),
+        'memory_gib': number(max(memory, default=math.nan)),
+        'steps': int(max([*made + 1, *evaluated], default=0)),
+        'parameters': facts.get('parameters'),
+        'tokens_per_second': number(np.median(rates)) if len(rates := history.last('tokens_per_second', 10**9)) else
+        None, 'sample': sample(run.folder), 'error': words if kind in ('crashed', 'diverged') else ''}
+    spare(write, run.folder / 'result.json', json.dumps(result, indent=1) + '\n')  # else it is made again
+    return result
+
+
+def seconds_left(seconds, n_left, jobs):
+    """What so many runs will take, after those that took these seconds; the last may be fewer than there are jobs."""
+    return sum(seconds) / len(seconds) * n_left / max(1, min(jobs, n_left))
+
+
+def outcome(result, metric):
+    """A result in words."""
+    if result['status'] in ('crashed', 'diverged'):
+        return f'{result["status"]}: {result["error"]}'
+    words = f'lowest {metric} {result["lowest"]:.4f} at step {result["at_step"]}, {result["seconds"]:.0f}s'
+    return f'pruned after {result["steps"]} steps, {words}' if result['status'] == 'pruned' else words
+
+
+def last_words(folder, status):
+    """Why a run has ended: the error of its traceback, or its last line, and what that does not say."""
+    said, shown = ([line for line in text(folder / name).splitlines() if line.strip()] or ['']
+                   for name in ('training.log', 'console.log'))
+    words = (said[-1] or shown[-1]).strip()  # behind its own last line the console may have some of wandb's
+    if status < 0:
+        return f'{signal.Signals(-status).name} after: {words}'
+    if status == 0 or words.startswith('stopped at step'):
+        return words
+    traces = [i for i, line in enumerate(shown) if line.startswith('Traceback (')]
+    errors = [line for line in shown[traces[-1] + 1:] if not line[0].isspace()] if traces else []
+    return errors[0] if errors else f'status {status} after: {shown[-1].strip()}'
+
+
+def text(path):
+    """What is in a file of a run, '' where there is none."""
+    with suppress(OSError):
+        return path.read_text(encoding='utf-8', errors='replace')
+    return ''
+
+
+def sample(folder):
+    """The text that train.py prints at the end of a run, which ends before what the figures say; '' where none is."""
+    _, mark, rest = text(folder / 'training.log').rpartition('\na sample of its own:\n')
+    return rest[:rest.rfind('\n\n')] if mark else ''
+
+
+def spare(work, *args):
+    """What some work returns. Where the disk does not take its files that is told, once, and the sweep goes on."""
+    try:
+        return work(*args)
+    except OSError as error:
+        if str(error) not in told:
+            told.add(str(error))
+            print(f'WARNING: {error.filename or work.__name__}: {error.strerror or error}; the sweep goes on',
+                  file=sys.stderr)
+
+
+told = set()  # what has been said and need not be said again
+
+
+def write(path, text):
+    """A file that is the old one or the new one, never half of it."""
+    part = path.with_name(f'.{path.name}.part')
+    part.write_text(text, encoding='utf-8', newline='')
+    os.replace(part, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the folder of a sweep
+
+
+def claim(sweep, folder):
+    """
+    Make a folder that of this sweep alone while this process lives; it must be new, empty or have been that before.
+    Returns the results in it, {(number, seed): result}.
+    """
+    global lock
+    path, here = folder / 'sweep.json', sweep.identity()
+    try:
+        if path.exists():
+            try:
+                there = json.loads(path.read_text(encoding='utf-8'))
+                other = [name for name in here if there[name] != here[name]]
+            except (OSError, ValueError, KeyError, TypeError):
+                overrides.fail(f'{path} cannot be read; --out_dir=FOLDER takes another place')
+            if other:
+                overrides.fail(f'{folder} holds another sweep: {other[0]} there is {there[other[0]]!r}, here '
+                               f'{here[other[0]]!r}; --out_dir=FOLDER takes another place')
+        elif folder.exists() and (not folder.is_dir() or {inner.name for inner in folder.iterdir()} - {
+                '.lock', '.sweep.json.part'}):
+            overrides.fail(f'{folder} holds something that is no sweep; --out_dir=FOLDER takes another place')
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = checkpoints.take_lock(folder)
+        write(path, json.dumps(here, indent=1) + '\n')
+    except OSError as error:
+        overrides.fail(f'{folder}: nothing can be written there ({error.strerror}); --out_dir=FOLDER takes another '
+                       'place')
+    results = {}
+    for found in folder.glob('*/result.json'):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: the run goes on from its checkpoint
+            result = json.loads(found.read_text(encoding='utf-8'))
+            results[result['number'], result['seed']] = result
+    return results
+
+
+lock = None  # an open file; the system gives the lock back when the process ends, however it ends
+
+
+def visible_gpus():
+    """The names by which CUDA_VISIBLE_DEVICES knows the GPUs that this process may use."""
+    import torch
+    names = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
+    names = list(itertools.takewhile(lambda name: name.strip() not in ('', '-1'), names))  # as CUDA reads it
+    return names or [str(i) for i in range(torch.cuda.device_count())]
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what came of them
+
+
+def table(sweep, results):
+    """A row a set-up, the best first: those that diverged with some seed come after all that did not."""
+    rows = []
+    for number in sorted({number for number, _ in results}):
+        mine = [result for (n, _), result in sorted(results.items()) if n == number]
+        count = {kind: sum(result['status'] == kind for result in mine)
+                 for kind in ('finished', 'pruned', 'diverged', 'crashed')}
+        counted = [r for r in mine if r['status'] == ('finished' if count['finished'] else 'pruned')]
+        losses = [result['lowest'] for result in counted if result['lowest'] is not None]
+        seconds, memory = ([result[name] for result in mine if result[name] is not None] or [math.nan]
+                           for name in ('seconds', 'memory_gib'))
+        place = 2 if count['diverged'] else 0 if count['finished'] else 1 if count['pruned'] else 3
+        rows.append({'number': number, 'point': mine[0]['point'], 'place': place, 'count': count, 'n': len(losses),
+                     'mean': np.mean(losses or math.nan), 'seconds': np.mean(seconds), 'memory_gib': np.mean(memory),
+                     'std': np.std(losses, ddof=1) if len(losses) > 1 else math.nan})
+    return sorted(rows, key=lambda row: (row['place'], math.isnan(row['mean']), row['mean']))
+
+
+def markdown(sweep, results):
+    """The table as text: results.md, and what sweep.py prints."""
+    shown = lambda value, digits=4: '' if math.isnan(value) else f'{value:.{digits}f}'
+    head = ['', 'set-up', f'lowest {sweep.minimise}', 'std', 'n', 'pruned', 'diverged', 'crashed', 'seconds', 'GiB']
+    rows = [[str(place), label(row['point']).replace('|', r'\|'), shown(row['mean']), shown(row['std']), str(row['n']),
+             *(str(row['count'][kind] or '') for kind in ('pruned', 'diverged', 'crashed')), shown(row['seconds'], 1),
+             shown(row['memory_gib'], 2)] for place, row in enumerate(table(sweep, results), 1)]
+    told = [i for i in range(len(head)) if not rows or any(row[i] for row in rows)]  # no blank columns
+    head, rows = [head[i] for i in told], [[row[i] for i in told] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    line = lambda cells: '| ' + ' | '.join(cell.ljust(w) if i == 1 else cell.rjust(w)
+                                           for i, (cell, w) in enumerate(zip(cells, widths))) + ' |\n'
+    rule = '|' + '|'.join('-' * (w + 1) + ('-' if i == 1 else ':') for i, w in enumerate(widths)) + '|\n'
+    return line(head) + rule + ''.join(map(line, rows))
+
+
+def write_tables(sweep, folder, results):
+    """results.csv, a row a run, and results.md, a row a set-up."""
+    swept = (['variant'] if sweep.variants else []) + sweep.columns()
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(['run', 'status', *swept, 'seed', f'lowest {sweep.minimise}', 'at step', 'last val/loss',
+                   'last train/loss', 'seconds', 'peak memory (GiB)', 'parameters', 'steps', 'tokens/s', 'sample',
+                   'error'])
+    for (number, seed), result in sorted(results.items()):
+        settings = sweep.base | result['point'] | sweep.settings(result['point'])
+        rows.writerow([new_run(folder, number, result['point'], seed).folder.name, result['status'],
+                       *(settings[name] for name in swept), seed,
+                       *(result[name] for name in ('lowest', 'at_step', 'val/loss', 'train/loss', 'seconds',
+                                                   'memory_gib', 'parameters', 'steps', 'tokens_per_second', 'sample',
+                                                   'error'))])
+    write(folder / 'results.csv', text.getvalue())
+    counts = ', '.join(f'{n} {kind}' for kind in ('finished', 'pruned', 'diverged', 'crashed')
+                       if (n := sum(result['status'] == kind for result in results.values())))
+    steps = sum(result['steps'] for result in results.values())
+    write(folder / 'results.md', f'# {folder.name}\n\n{sweep.description}\n\n'
+          f'Method {sweep.method}; {counts}; {steps:,} steps in all. A figure is the lowest {sweep.minimise} of a run, '
+          f'its mean over n seeds and their standard deviation; pruned set-ups come behind those that were finished, '
+          f'and those that diverged with some seed behind these.\n\n{markdown(sweep, results)}')
+
+
+def draw(sweep, folder, results):
+    """comparison.png: the curves of the best set-ups, each the mean over its seeds."""
+    from kit.watch import pictures
+    curves = {}
+    for row in table(sweep, results)[:CURVES]:
+        runs = [new_run(folder, row['number'], row['point'], seed) for number, seed in sorted(results)
+                if number == row['number']]
+        histories = [History(runlogs.read_facts(run.folder)) for run in runs]
+        for run, history in zip(runs, histories):
+            runlogs.read_records(run.folder, history)
+        histories = [history for history in histories if len(history.get('loss')[0]) or len(history.get('val/loss')[0])]
+        if histories:
+            name = label(row['point']) + (f' (mean of {len(histories)})' if len(histories) > 1 else '')
+            curves[name] = mean_history(histories)
+    if curves:
+        part = folder / '.comparison.part.png'
+        pictures.comparison(curves, part)
+        os.replace(part, folder / 'comparison.png')
+    return len(curves)
+
+
+def mean_history(histories):
+    """The mean of several runs, at the steps that all of them have recorded."""
+    if len(histories) == 1:
+        return histories[0]
+    mean = History(histories[0].facts)
+    for name in histories[0].series:
+        series = [dict(zip(*map(np.ndarray.tolist, history.get(name)))) for history in histories]
+        for step in sorted(set.intersection(*map(set, series))):
+            mean.add(step, {name: sum(values[step] for values in series) / len(series)})
+    return mean

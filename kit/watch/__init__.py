@@ -1,0 +1,1 @@
+"""What a person sees: the journal and its sinks, run logs, diagnosis, pictures, evaluation."""

@@ -1,0 +1,46 @@
+"""The model from inside, for TensorBoard and W&B: attention, the vectors of the tokens, a text of its own."""
+
+import time
+
+import numpy as np
+
+from kit.base import devices
+from kit.data import tokens
+from kit.watch import evaluation, samples
+
+SAMPLE_LENGTH = 100  # tokens of the texts
+EMBEDDINGS = 2000  # as many token vectors as TensorBoard's projector moves about with ease
+ATTENTION_TOKENS = 48  # of the row whose attention is shown
+
+
+def show(journal, step, model, data, meta, device, is_last):
+    """
+    A text of the model's own for TensorBoard and W&B, and now and then, with a hundredth of the time that the run
+    takes, pictures: attention, loss curve, token embeddings. Draws from torch's generator.
+    """
+    if not journal.sinks:
+        return
+    start = time.time()
+    ids = devices.send(data.fetch(np.array([0]))[0][0, :ATTENTION_TOKENS], device)
+    n_vectors = min(EMBEDDINGS, meta['vocab_size'])
+    try:
+        text = tokens.tokenizer(meta['tokenizer'])
+        label = lambda i: shown(tokens.decode(text, [int(i)]))
+        if model.config.causal and step > 0:  # an untrained one has nothing to say
+            journal.show('text', step, 'Samples',
+                         lambda: samples.write(model, text, meta, SAMPLE_LENGTH, device, 'float32'))
+    except (OSError, ValueError):  # the tokenizer had to be downloaded, or knows no line break
+        label = str
+    if is_last or start > journal.pictures_due:
+        from kit.watch import pictures
+        journal.show('image', step, 'Attention', lambda: pictures.attention(
+            evaluation.attention(model, ids), [label(i) for i in ids.tolist()]))
+        journal.show('image', step, 'Loss_curve', lambda: pictures.loss_curve(journal.history, f'step {step}'))
+        vectors = model.transformer.wte.weight[:n_vectors].detach().float().cpu()
+        journal.show('embedding', step, 'Tokens', vectors, [label(i) for i in range(n_vectors)])
+        journal.pictures_due = time.time() + 100 * (time.time() - start)
+
+
+def shown(text):
+    """A token as a label: line breaks as they are written in code, blanks in quotes."""
+    return repr(text)[1:-1] if text.strip(' ') else repr(text)
