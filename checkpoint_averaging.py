@@ -11,8 +11,6 @@ Averages pay after a constant rate; after one that has decayed to nearly nothing
 
 from pathlib import Path
 
-import torch
-
 from kit.base import devices, overrides
 from kit.data import readers
 from kit.state import averaging, checkpoints
@@ -48,6 +46,8 @@ folder, output = Path(checkpoint_dir), Path(checkpoint_dir) / output_name
 if not folder.is_dir():
     overrides.fail(f'checkpoint_dir = {checkpoint_dir!r}: there is no such folder; train first, or name that of a run')
 found = averaging.different_steps(folder, pattern)
+for path, saved in found.values():
+    checkpoints.config_of(saved, GPTConfig, path)
 steps, paths = list(found), {step: path for step, (path, _) in found.items()}
 n_wanted = 1 if search and 'num_checkpoints' not in overrides.given else num_checkpoints
 if len(steps) < n_wanted:
@@ -59,12 +59,10 @@ if (output_name in ('ckpt.pt', 'best.pt') or output_name.startswith('step_')
     overrides.fail(f'output_name = {output_name!r}: that is a checkpoint of the training; choose another name')
 newest = found[steps[0]][1]
 chosen = steps if search and n_wanted == 1 else steps[:num_checkpoints]  # the newest first
-with torch.device('meta'):  # the names and shapes of a model, without its memory
-    whole = newest | {'model': GPT(GPTConfig(**newest['model_args'])).state_dict()}
-if difference := checkpoints.first_difference(whole, newest):
-    overrides.fail(f'{paths[steps[0]]} is not whole: {difference}')
+model = GPT(GPTConfig(**newest['model_args']))
+checkpoints.fill(model, newest['model'], paths[steps[0]])  # what does not fit model.py is no use to anybody
 for step in chosen:
-    if difference := checkpoints.first_difference(newest, found[step][1]):
+    if difference := checkpoints.first_difference(newest, found[step][1], GPTConfig.FREE):
         overrides.fail(f'{paths[step]} and {paths[steps[0]]} do not belong together: {difference}; '
                        'choose with --pattern, or from one run')
 found.clear()  # and with it all files but the newest
@@ -81,7 +79,7 @@ if evaluate:
     dtype = devices.choose_dtype(dtype, device)
     data, meta = readers.open(newest['config'] | {'block_size': newest['model_args']['block_size']})
     checkpoints.check_fit(newest, newest['model_args']['block_size'], meta)
-    model = GPT(GPTConfig(**newest['model_args'])).to(device)
+    model.to(device)
 
 
 def measure(weights, split='val'):
@@ -120,8 +118,9 @@ elif method == 'greedy':  # Wortsman et al. 2022, arXiv:2203.05482
         if loss <= lowest:
             chosen, lowest = [*chosen, step], loss
 
-averaged = {key: newest[key] for key in ('model_args', 'iter_num', 'best_val_loss', 'config', 'meta') if key in newest}
-averaged = {'model': average(chosen), **averaged, 'averaged': {'steps': chosen, 'method': method}}
+averaged = {key: newest[key] for key in ('iter_num', 'best_val_loss', 'config', 'meta') if key in newest}
+averaged = {'model': average(chosen), 'model_args': model.config.args(), **averaged,
+            'averaged': {'steps': chosen, 'method': method}}
 checkpoints.save(averaged, folder, [output_name], stop_on_error=True)
 print(f'wrote {output}: the {method} average of {len(chosen)} checkpoints, steps {", ".join(map(str, chosen))}')
 
@@ -132,7 +131,9 @@ if evaluate:
     rows = {output_name: averaged['model'], f'{paths[steps[0]].name} (the newest)': newest['model']}
     try:
         best = checkpoints.read(folder / 'best.pt') if (folder / 'best.pt').exists() else None
-        if best and not checkpoints.first_difference(newest, best):
+        if best:
+            checkpoints.config_of(best, GPTConfig, folder / 'best.pt')
+        if best and not checkpoints.first_difference(newest, best, GPTConfig.FREE):
             kind = checkpoints.average_in(best)
             rows[f'best.pt (step {best["iter_num"]}{f", its {kind}" if kind else ""})'] = checkpoints.weights(best)
     except checkpoints.Damaged as error:

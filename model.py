@@ -1,5 +1,6 @@
 """
-The GPT-2 model, whole: its configuration, its blocks, its loss, and how it writes text.
+The GPT-2 model, whole: its configuration, its blocks, its loss, and how it writes text. No other file knows the name or
+the shape of a parameter (but for the exchange with other formats), so a change of the model is a change here.
 
 Every parameter has the name and the shape that nanoGPT gives it, and the arithmetic is the same, so that checkpoints
 go from one to the other. Shapes: B rows in a batch, T tokens in a row, C = n_embd channels, V = vocab_size.
@@ -8,7 +9,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -19,19 +20,44 @@ if torch.cuda.is_available():
     flex_attention = torch.compile(flex_attention)  # only then does it skip what is masked
 
 
+NANOGPT = 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'  # fields of its GPTConfig
+
+
 @dataclass
 class GPTConfig:
-    """The defaults are those of GPT-2 with 124M parameters."""
+    """
+    The defaults are those of GPT-2 with 124M parameters, and stay: fields that a checkpoint lacks have them. A field of
+    the name of a setting in train.py takes its value from there. Raises ValueError where a value will not do.
+    """
 
     block_size: int = 1024          # the longest row, T at most
     vocab_size: int = 50304         # GPT-2's 50257, rounded up to a multiple of 64: matrix products like that
     n_layer: int = 12
-    n_head: int = 12
+    n_head: int = 12                # 0: one per 64 channels
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True               # biases in the linear layers and LayerNorms, as in GPT-2; without is a bit faster
     gelu_approximate: str = 'none'  # 'tanh' is what OpenAI's weights were trained with
     causal: bool = True             # False: tokens look both ways, to fill masks (BERT); such a model cannot write
+
+    FREE = 'dropout',               # no field: those that weights do not depend on, so that a resume may change them
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in (int, float, bool, str) and not isinstance(value, (f.type, int)):
+                raise ValueError(f'{f.name} = {value!r} should be of type {f.type.__name__}')
+        self.n_head = self.n_head or default_heads(self.n_embd)
+        for name in 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size':
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} = {getattr(self, name)} should be 1 or more')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}')
+
+    def args(self):
+        """model_args of a checkpoint: nanoGPT's fields, so that it can read them; others where they are no defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self)
+                if f.name in NANOGPT or getattr(self, f.name) != f.default}
 
 
 def default_heads(n_embd):
@@ -70,8 +96,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, mask=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))  # (B, H, T, C/H)
+        q, k, v = self.heads(x)  # (B, H, T, C/H)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, H, all tokens so far, C/H)
         if isinstance(mask, BlockMask):
@@ -82,6 +107,19 @@ class CausalSelfAttention(nn.Module):
                                                dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, C/H)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
+
+    def heads(self, x):
+        """(B, T, C) -> queries, keys and values, each (B, H, T, C/H)."""
+        B, T, C = x.shape
+        return [z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2)]
+
+    def weights(self, x, cache=None, mask=None):
+        """Who looks where, for pictures: what forward takes, without a cache -> (B, H, T, T), a row sums to 1."""
+        q, k, _ = self.heads(x)
+        scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
+        if self.causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+        return scores.softmax(dim=-1)
 
 
 class MLP(nn.Module):
@@ -134,8 +172,6 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f'n_embd = {config.n_embd} must be a multiple of n_head = {config.n_head}')
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -181,12 +217,15 @@ class GPT(nn.Module):
         if documents is not None:
             is_first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
             positions = positions - (positions * is_first).cummax(dim=1).values  # (B, T): they begin anew in each
-            is_sparse = idx.is_cuda and not (self.training and self.config.dropout)  # FlexAttention knows no dropout
-            mask = inside_documents(documents, self.config.causal, is_sparse)
+            mask = inside_documents(documents, self.config.causal, self.is_sparse(idx.device))
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for i, block in enumerate(self.transformer.h):
             x = block(x, caches[i] if caches else None, mask)
         return self.transformer.ln_f(x)
+
+    def is_sparse(self, device):
+        """Whether FlexAttention is used within documents, which costs no (T, T) mask; it knows no dropout."""
+        return device.type == 'cuda' and not (self.training and self.config.dropout)
 
     # -----------------------------------------------------------------------------------------------------------------
     # writing text
@@ -238,6 +277,56 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Forward and backward, in FLOPs, as in appendix B of PaLM (Chowdhery et al. 2022, arXiv:2204.02311)."""
         return 6 * self.count_params() + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+    def training_memory(self, n_tokens, dtype, device):
+        """
+        Bytes that training takes at its peak, roughly. n_tokens: in a micro-step; dtype: its name.
+
+        16 a parameter: weight, gradient and AdamW's two moments in float32. For the backward pass a layer keeps 17
+        values a channel and token (Korthikanti et al. 2022, arXiv:2205.05198, counted for attention that keeps no
+        (T, T) matrix), the two of the residual stream in float32; half as much again is for what the backward pass
+        itself makes. On a CPU dropout in the attention keeps five (T, T) matrices a head.
+        """
+        c, size = self.config, 4 if dtype == 'float32' else 2
+        activations = c.n_layer * c.n_embd * (17 * size + (4 - size) * 2) * 1.5
+        if c.dropout and device.type == 'cpu':
+            activations += c.n_layer * c.n_head * c.block_size * 5 * size
+        logits = c.vocab_size * (size + 8)  # and their gradient and softmax in float32
+        return 16 * self.count_params(non_embedding=False) + n_tokens * (activations + logits)
+
+    def in_words(self):
+        return f'{self.config.n_layer} layers of {self.config.n_head} heads and {self.config.n_embd} channels'
+
+    def token_vectors(self):
+        """What stands for each id where it is read, (V, C)."""
+        return self.transformer.wte.weight.detach()
+
+    @torch.no_grad()
+    def attention_maps(self, idx):
+        """(B, T) ids -> (L, B, H, T, T): who looks where in each layer and head; a row sums to 1."""
+        maps, layers = [], [module for module in self.modules() if isinstance(module, CausalSelfAttention)]
+        hooks = [layer.register_forward_pre_hook(lambda layer, args: maps.append(layer.weights(*args)))
+                 for layer in layers]
+        try:
+            self.hidden(idx)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(maps)
+
+    def resized(self, state):
+        """
+        The weights {name: tensor} of a model with more positions or fewer ids, as this one takes them: the positions
+        are cut, and new ids, such as the one that hides a token, begin as the mean of the others.
+        """
+        state = dict(state)
+        for name in {'transformer.wpe.weight'} & state.keys():
+            state[name] = state[name][:self.config.block_size]
+        for name in {'transformer.wte.weight', 'lm_head.weight'} & state.keys():
+            old = state[name]
+            new = max(0, self.config.vocab_size - len(old))
+            state[name] = torch.cat([old, old.mean(dim=0, keepdim=True).expand(new, -1)]) if new else old
+        return state
 
 
 def choose(logits, temperature, top_k, top_p):

@@ -62,8 +62,8 @@ models = []
 for path, saved in loaded.items():
     if init_from == 'resume':
         print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
-    model = GPT(GPTConfig(**saved['model_args'] | {'dropout': 0.0}))
-    checkpoints.fill(model, checkpoints.weights(saved, weights))
+    model = GPT(checkpoints.config_of(saved, GPTConfig, path))
+    checkpoints.fill(model, checkpoints.weights(saved, weights), path)
     model.eval().to(device)
     if compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)  # one graph, however many tokens lie in the cache

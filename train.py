@@ -27,7 +27,7 @@ from kit.run.iter_line import IterLine
 from kit.state import checkpoints
 from kit.watch import evaluation, inside
 from kit.watch.journal import Journal
-from model import GPT, GPTConfig, default_heads
+from model import GPT, GPTConfig
 
 journal = Journal()  # from here on every line that is printed also goes to training.log
 
@@ -121,7 +121,7 @@ config = overrides.apply(globals(), rules.TRAIN)
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
 ranks.start(backend, device)
 trains = not (test or eval_only or dry_run or find_lr or inspect_step >= 0)  # else nothing of a run is written
-config, saved, is_resume, past = starts.find(config, trains)  # past: the log of a run whose step is replayed
+config, saved, is_resume, past = starts.find(config, trains, GPTConfig)  # past: the log of a run to be replayed
 globals().update(config | {'device': device})  # the settings, with those that the checkpoint brings
 dtype = devices.choose_dtype(dtype, device)
 micro_steps = ranks.share(gradient_accumulation_steps, 'gradient_accumulation_steps')  # of this process
@@ -159,17 +159,15 @@ def get_batch(split, step, micro_step):
 
 
 if test:
-    testing.measure(saved, lambda args: GPT(GPTConfig(**args)), weights, config, data, meta, device, dtype)
+    testing.measure(saved, GPT, GPTConfig, weights, config, data, meta, device, dtype)
     ranks.leave()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model and optimizer
 
-model_args = starts.model_args(
-    saved, meta, mask_prob > 0, objective == 'causal', n_layer=n_layer, n_head=n_head or default_heads(n_embd),
-    n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
+model_config = starts.model_config(saved, meta, config, GPTConfig)  # the settings that are fields of GPTConfig
 batches.seed_all(seed)
-raw_model = GPT(GPTConfig(**model_args))
+raw_model = GPT(model_config)
 raw_model.to(device)
 average = averages.running(raw_model, ema_decay, swa_start)
 optimizer = optimizers.adamw(raw_model, weight_decay, learning_rate, (beta1, beta2))
@@ -227,7 +225,7 @@ def save(names):
     print(f'saving checkpoint to {out_dir} ({", ".join(names)})')
     is_saved = checkpoints.save({
         'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-        **averages.state(average), **state.keys(), 'model_args': model_args, 'config': config, 'meta': meta,
+        **averages.state(average), **state.keys(), 'model_args': model_config.args(), 'config': config, 'meta': meta,
         'epoch': state.step / steps_per_epoch, 'random_states': checkpoints.random_states(),
         'versions': checkpoints.versions(),
     }, out_dir, names, stop_on_error=save_errors == 'stop')

@@ -202,7 +202,7 @@ def change(path, **changes):
     (['--search', '--num_checkpoints=500'], None, ['num_checkpoints = 500']),
     (['--evaluate=False', '--num_checkpoints=10'], lambda f: [
         change(path, model={k: v for k, v in state(path).items() if 'ln_f' not in k}) for path in sorted(f.glob('*.pt'))
-    ], ['not whole', 'transformer.ln_f.weight']),
+    ], ['step_0000020.pt', 'another model', 'transformer.ln_f.weight']),
     ([], lambda f: change(f / 'step_0000018.pt', model_args=checkpoints.peek(f / 'step_0000018.pt')['model_args'] |
                           {'n_head': 4}), ['step_0000018.pt', 'n_head is 4 and 2']),
     ([], lambda f: change(f / 'step_0000018.pt', model=state(f / 'step_0000018.pt') |

@@ -275,6 +275,53 @@ def test_a_long_name(train):
         assert result.status == 2 and result.err.count('\n') == 1, result.err
 
 
+@pytest.mark.parametrize('tensor, expected', [
+    (torch.tensor([1 + 2j, 3j]), True), (torch.tensor([1 + 2j, complex(0, math.nan)]), False),
+    (torch.tensor([complex(math.inf, 0)]).conj(), False), (torch.empty(0), True), (torch.empty(3, 0, 2), True),
+    (torch.empty(0, dtype=torch.complex64), True), (torch.tensor([True, False]), True), (torch.tensor([2**62]), True),
+    (torch.tensor(math.nan), False), (torch.tensor([1.0, -math.inf], dtype=torch.bfloat16), False),
+])
+def test_whether_all_numbers_are_finite(tensor, expected):
+    assert checkpoints.is_finite(tensor) == expected
+
+
+# a parameter of somebody's own may have the name that nanoGPT's masks had; the mask is known by what it holds
+@pytest.mark.parametrize('tensor, stays', [
+    (torch.ones(1, 1, 16, 16).tril(), False), (torch.ones(1, 1, 16, 16).tril().bool(), False),
+    (torch.randn(1, 1, 16, 16), True), (torch.ones(1, 2, 16, 16).tril(), True), (torch.zeros(32), True),
+    (torch.ones(1, 1, 1, 1), True), (torch.ones(1, 1, 0, 0), True)])
+def test_the_masks_of_old_nanogpt_are_left_out(tmp_path, tensor, stays):
+    saved = state(1)
+    saved['model']['transformer.h.0.attn.bias'] = tensor
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    assert ('transformer.h.0.attn.bias' in checkpoints.load(tmp_path / 'ckpt.pt')['model']) == stays
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda saved: saved['model_args'].update(rope=True), "unexpected keyword argument 'rope'"),
+    (lambda saved: saved['model_args'].update(n_layer='two'), "n_layer = 'two' should be of type int"),
+    (lambda saved: saved['model_args'].update(n_embd=33), 'n_embd = 33 must be a multiple of n_head = 2'),
+    (lambda saved: saved['model_args'].update(vocab_size=0), 'vocab_size = 0 should be 1 or more'),
+    (lambda saved: saved['model'].pop('transformer.wpe.weight'), 'Missing key(s)'),
+    (lambda saved: saved['model'].update(scale=torch.ones(3)), 'Unexpected key(s) in state_dict: "scale"'),
+    (lambda saved: saved['model_args'].update(n_embd=64), 'size mismatch for transformer.wte.weight'),
+])
+@pytest.mark.parametrize('script, args', [
+    ('train.py', ['--init_from=resume']), ('train.py', ['--test']), ('train.py', ['--init_from=checkpoints/ckpt.pt']),
+    ('sample.py', []), ('checkpoint_averaging.py', ['--num_checkpoints=1'])])
+def test_a_checkpoint_of_another_model_is_no_damage(run, tiny, trained, script, args, change, words):
+    """Nor is another one taken in its place. The words are those of GPTConfig and of load_state_dict."""
+    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    change(saved)
+    for path in trained.glob('*.pt'):
+        path.unlink()
+    for name in 'ckpt.pt', 'step_0000010.pt', 'best.pt':
+        torch.save(saved, trained / name)
+    result = run(script, *args, *(['--dataset=tiny', '--max_iters=12'] if script == 'train.py' else []))
+    assert result.status == 2 and result.err.count('\n') == 1 and words in result.err, result.err
+    assert 'holds' in result.err and 'than model.py makes' in result.err and 'damaged' not in result.err + result.out
+
+
 def test_random_states_go_through_a_file(tmp_path):
     draw = lambda: (random.random(), np.random.random(), torch.rand(1).item())
     torch.save(checkpoints.random_states(), tmp_path / 'states.pt')

@@ -57,6 +57,37 @@ def test_logits_and_loss_are_the_papers(model):
     torch.testing.assert_close(last[:, 0], logits[:, -1])
 
 
+def test_a_config_takes_what_a_checkpoint_has():
+    """Fields that it lacks have their defaults; it keeps nanoGPT's seven, and others where they are no defaults."""
+    config = GPTConfig(n_layer=2, n_head=0, n_embd=192, block_size=8, vocab_size=5)
+    assert config.n_head == 3 and config.bias is True and config.causal is True
+    assert config.args() == dict(n_layer=2, n_head=3, n_embd=192, block_size=8, vocab_size=5, bias=True, dropout=0.0)
+    assert GPTConfig(**config.args()) == config
+    other = GPTConfig(**config.args() | {'causal': False, 'gelu_approximate': 'tanh', 'dropout': 0})
+    assert other.args() == config.args() | {'causal': False, 'gelu_approximate': 'tanh'}
+
+
+@pytest.mark.parametrize('change', [{'n_layer': 0}, {'n_head': -1}, {'n_head': 3}, {'block_size': 'x'}, {'bias': None},
+                                    {'n_embd': 16.0}, {'dropout': 'much'}, {'gelu_approximate': 3.0}])
+def test_a_config_refuses_what_will_not_do(change):
+    name, = change
+    with pytest.raises(ValueError, match=name):
+        GPTConfig(**CONFIG | change)
+
+
+def test_weights_of_another_size(model):
+    """Positions are cut, new ids are the mean of the others; what fits stays as it is."""
+    model = GPT(GPTConfig(**CONFIG))
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.resized(state).items())
+    other = GPT(GPTConfig(**CONFIG | {'block_size': 5, 'vocab_size': 25}))
+    other.load_state_dict(other.resized(state))
+    assert torch.equal(other.transformer.wpe.weight, state['transformer.wpe.weight'][:5])
+    wte = state['transformer.wte.weight']
+    torch.testing.assert_close(other.lm_head.weight, torch.cat([wte, wte.mean(0, keepdim=True).expand(2, -1)]))
+    assert set(state) == set(model.state_dict()) and len(wte) == 23  # what was given is not changed
+
+
 def test_a_token_sees_nothing_that_comes_later(model):
     idx = torch.randint(23, (1, 16))
     before = model(idx, idx)[0][:, :9]

@@ -136,23 +136,6 @@ def peak_flops(device, dtype):
     return peak
 
 
-def estimate_memory(n_params, tokens, config, dtype, device):
-    """
-    Bytes that training takes at its peak, roughly. n_params with the positions, tokens in a micro-step, config of GPT.
-
-    16 a parameter: weight, gradient and AdamW's two moments in float32. For the backward pass a layer keeps 17 values a
-    channel and token (Korthikanti et al. 2022, arXiv:2205.05198, counted for attention that keeps no (T, T) matrix),
-    the two of the residual stream in float32; half as much again is for what the backward pass itself makes. On a CPU
-    dropout in the attention keeps five (T, T) matrices a head.
-    """
-    size = 4 if dtype == 'float32' else 2
-    activations = config.n_layer * config.n_embd * (17 * size + (4 - size) * 2) * 1.5
-    if config.dropout and device.type == 'cpu':
-        activations += config.n_layer * config.n_head * config.block_size * 5 * size
-    logits = config.vocab_size * (size + 8)  # and their gradient and softmax in float32
-    return 16 * n_params + tokens * (activations + logits)
-
-
 def usage(device):
     """Memory in GiB, and how busy the machine is, under the names of metrics.jsonl."""
     this = psutil.Process()

@@ -16,9 +16,9 @@ def show(model, raw_model, x, y, documents, meta, device, dtype, from_scratch):
     is compiled here is what the training runs. Returns the seconds of one pass forward and backward.
     """
     c, n_params = raw_model.config, raw_model.count_params()
-    memory = devices.estimate_memory(raw_model.count_params(non_embedding=False), x.numel(), c, dtype, device)
-    print(f'model: {n_params / 1e6:.2f}M parameters in {c.n_layer} layers of {c.n_head} heads and {c.n_embd} channels; '
-          f'training takes about {memory / 2**30:.2f} GiB of memory beside the program')
+    memory = raw_model.training_memory(x.numel(), dtype, device)
+    print(f'model: {n_params / 1e6:.2f}M parameters in {raw_model.in_words()}; training takes about '
+          f'{memory / 2**30:.2f} GiB of memory beside the program')
     n_targets = int((y >= 0).sum())
     print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is '
           + ('x moved on by one token' if c.causal else 'what x hides, at its own place')
@@ -26,7 +26,7 @@ def show(model, raw_model, x, y, documents, meta, device, dtype, from_scratch):
     if documents is not None:
         why = 'FlexAttention knows no dropout' if x.is_cuda else f'the choice on {device.type}'
         print('attention within documents: ' + (
-            'FlexAttention, with a block mask' if x.is_cuda and not c.dropout else f'a dense mask ({why})'))
+            'FlexAttention, with a block mask' if raw_model.is_sparse(device) else f'a dense mask ({why})'))
     try:
         text = tokens.tokenizer(meta['tokenizer'])
         for name, ids in ('x', x[0, :40].tolist()), ('y', y[0][y[0] >= 0][:40].tolist()):

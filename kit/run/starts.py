@@ -1,28 +1,30 @@
 """Where a launch of train.py starts from, nothing, a checkpoint, or OpenAI's weights, and where a run goes back to."""
 
 import math
+from dataclasses import fields
 
 from kit.base import overrides, ranks
 from kit.data import tokens
 from kit.learn import averages
-from kit.run import replay
+from kit.run import replay, rules
 from kit.run.run_state import KEPT, RunState
 from kit.state import checkpoints, provenance
 from kit.watch.journal import check_wandb
 
-SHAPE = 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size'  # settings that weights cannot do without
 
-
-def find(config, trains):
+def find(config, trains, GPTConfig):
     """
     What the settings name as the start, with the settings that it brings along taken over.
 
-    trains: whether a run will be written. Returns (config, saved, is_resume, past). saved: {} for nothing; with
-    is_resume the state of a training; else a model alone ('model', 'model_args', 'meta'); with `test` {path:
-    checkpoint}. past: with inspect_step the History of the run, else None. In the new config init_from says how the run
-    began, also where this launch goes on with it.
+    trains: whether a run will be written. GPTConfig: the class, whose fields are those of model_args. Returns (config,
+    saved, is_resume, past). saved: {} for nothing; with is_resume the state of a training; else a model alone ('model',
+    'model_args', 'meta'); with `test` {path: checkpoint}. past: with inspect_step the History of the run, else None. In
+    the new config init_from says how the run began, also where this launch goes on with it.
     """
-    config, saved, is_resume, past = find_tested(config) if config['test'] else find_start(config, trains)
+    if config['test']:
+        config, saved, is_resume, past = find_tested(config, GPTConfig)
+    else:
+        config, saved, is_resume, past = find_start(config, trains, GPTConfig)
     if config['objective'] == 'mlm' and not config['mask_prob']:
         config['mask_prob'] = 0.15  # as BERT's
     if config['find_lr'] or past and past.series.get('lr'):
@@ -30,14 +32,15 @@ def find(config, trains):
     return config, saved, is_resume, past
 
 
-def find_start(config, trains):
+def find_start(config, trains, GPTConfig):
     """find, where a run begins or goes on."""
     out_dir, init_from, weights, saved, past = config['out_dir'], config['init_from'], config['weights'], {}, None
+    path, shape = init_from, shaping(config, GPTConfig)
     if trains:  # what is read here must still be true when this run writes
         ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=False, may_write=False))
     if config['inspect_step'] >= 0:  # with the settings that it was made with, from the last state before it
         init_from, path, saved, made_with, past = replay.find_past(out_dir, config['inspect_step'])
-        config = overrides.adopt(config, made_with, SHAPE)
+        config = overrides.adopt(config, made_with, shape)
         weights = made_with.get('weights', weights)
     if init_from == 'auto':
         is_there = checkpoints.exist(out_dir)
@@ -57,9 +60,11 @@ def find_start(config, trains):
     elif init_from != 'scratch':
         from kit.state import pretrained
         saved = pretrained.load(init_from)
+    if saved:
+        checkpoints.config_of(saved, GPTConfig, path)
     if saved and past is None:
-        fixed = [name for name in SHAPE if is_resume or name != 'block_size']  # GPT-2's can be cut
-        config = adopt_from(saved, config, fixed)
+        fixed = [name for name in shape if is_resume or name != 'block_size']  # GPT-2's can be cut
+        config = adopt_from(saved, config, shape, fixed)
     if is_resume and config['max_minutes'] and saved.get('fitted_minutes') == config['max_minutes']:
         config['max_iters'] = saved['config']['max_iters']  # whatever is given here
     if trains and config['wandb_log']:
@@ -67,47 +72,68 @@ def find_start(config, trains):
     return config | {'init_from': init_from}, saved, is_resume, past
 
 
-def find_tested(config):
+def shaping(config, GPTConfig):
+    """Settings that weights cannot do without: the fields of their model that are settings too."""
+    return [f.name for f in fields(GPTConfig) if f.name in config and f.name not in GPTConfig.FREE]
+
+
+def find_tested(config, GPTConfig):
     """find, where checkpoints are measured: the dataset and sizes of the first are taken over."""
     paths = [path for path in config['checkpoint'].split(',') if path] or [str(checkpoints.best(config['out_dir']))]
     tested = {path: checkpoints.load(path) for path in paths}
+    for path, saved in tested.items():
+        checkpoints.config_of(saved, GPTConfig, path)
+    shape = shaping(config, GPTConfig)
     if len({saved.get('config', {}).get('objective', 'causal') for saved in tested.values()}) > 1:
         overrides.fail('checkpoint: some of these write and others fill masks (objective); test them one by one')
-    return adopt_from(next(iter(tested.values())), config, SHAPE), tested, False, None
+    return adopt_from(next(iter(tested.values())), config, shape, shape), tested, False, None
 
 
-def adopt_from(saved, config, fixed):
-    """The settings of a checkpoint and the sizes of its model taken over, see overrides.adopt."""
-    found = saved.get('config', {}) | {name: saved['model_args'][name] for name in SHAPE}
+def adopt_from(saved, config, shape, fixed):
+    """
+    The settings of a checkpoint and those of its model, shape, taken over, see overrides.adopt. It goes on as it was
+    made: a setting that it lacks is what the code did that wrote it.
+    """
+    found = saved.get('config', {}) | {name: saved['model_args'][name] for name in shape}
+    older = {name: value for name, value in rules.BEFORE.items() if name not in found} if 'config' in saved else {}
+    if older:
+        print(f'Older than a setting, the checkpoint stands for {", ".join(f"{k} = {v}" for k, v in older.items())}')
+    found |= older
     if {'max_iters', 'max_minutes'} & overrides.given:
         found.pop('max_epochs', None)  # it would outdo them
     return overrides.adopt(config, found, fixed)
 
 
-def model_args(saved, meta, has_mask, is_causal, **sizes):
+def model_config(saved, meta, config, GPTConfig):
     """
-    What GPTConfig takes for a dataset and these sizes. The weights that a run begins with, if any, must fit both: they
-    are cut to the positions that are used, and get an id that hides a token where they lack one that is needed.
+    The GPTConfig of a run: its fields that are settings as these are, the others as the weights that it begins with
+    have them, if any. Those must fit the dataset; where tokens are hidden the vocabulary holds an id for that.
     """
-    checkpoints.check_fit(saved, sizes['block_size'], meta)
-    if saved and has_mask:
-        checkpoints.make_room(saved, meta['vocab_size'] + 1)
-    if saved:
-        positions = 'transformer.wpe.weight'
-        saved['model'][positions] = saved['model'][positions][:sizes['block_size']]
-    args = saved.get('model_args', {'vocab_size': tokens.padded_vocab_size(meta, has_mask)}) | sizes
-    args.pop('causal', None)
-    return args if is_causal else args | {'causal': False}
+    checkpoints.check_fit(saved, config['block_size'], meta)
+    has_mask = config['mask_prob'] > 0
+    args = saved.get('model_args', {'vocab_size': tokens.padded_vocab_size(meta, has_mask)})
+    args = args | {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+    args['causal'] = config['objective'] == 'causal'
+    if has_mask and args['vocab_size'] <= meta['vocab_size']:
+        args['vocab_size'] = meta['vocab_size'] + 1
+        if 'optimizer' in saved:
+            overrides.fail('mask_prob: these weights know no id that hides a token, and their optimizer neither; begin '
+                           'a new run with them: --init_from=FILE.pt')
+    try:
+        return GPTConfig(**args)
+    except ValueError as error:
+        overrides.fail(error)
 
 
 def restore(saved, is_resume, config, model, optimizer, scaler, average, device):
     """
-    Put a training where saved has it, as find gives it: with is_resume all of it, else the weights alone, if any.
-    Returns its RunState, and whether it goes on with another text: then no loss so far is a mark.
+    Put a training where saved has it, as find gives it: with is_resume all of it, else the weights alone, if any, which
+    may have more positions or fewer ids. Returns its RunState, and whether it goes on with another text: then no loss
+    so far is a mark.
     """
     state, is_other_text = RunState().to(device), False
     if saved and not is_resume:
-        checkpoints.fill(model, saved['model'])
+        checkpoints.fill(model, model.resized(saved['model']))
     if is_resume:
         state.take(saved)
         checkpoints.restore(saved, model, optimizer, scaler)

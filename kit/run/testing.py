@@ -9,17 +9,17 @@ from kit.watch import evaluation, samples
 DECODED = 500  # pairs that are answered, evenly spaced
 
 
-def measure(tested, new_model, which, settings, data, meta, device, dtype):
+def measure(tested, GPT, GPTConfig, which, settings, data, meta, device, dtype):
     """
     Measure the whole test split; where a dataset has none, val, and say so. tested: {path: checkpoint}; several of
-    them are followed by their ensemble. new_model: model_args -> model; which: of a checkpoint's weights; data: what
-    readers.open gives for the settings.
+    them are followed by their ensemble. which: of a checkpoint's weights; data: what readers.open gives for the
+    settings.
     """
     models, batch_size = {}, settings['batch_size']
     for path, saved in tested.items():
         checkpoints.check_fit(saved, saved['model_args']['block_size'], meta)
-        models[path] = new_model(saved['model_args']).to(device)
-        checkpoints.fill(models[path], checkpoints.weights(saved, which))
+        models[path] = GPT(checkpoints.config_of(saved, GPTConfig, path)).to(device)
+        checkpoints.fill(models[path], checkpoints.weights(saved, which), path)
         print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
     split = 'test' if 'test' in data else 'val'
     if split == 'val':

@@ -47,7 +47,7 @@ def mean(paths, shares):
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib computes without Python's lock, beside the sums
         for name in opened[0][0]['model']:
             tensors = [checkpoint['model'][name] for checkpoint, _ in opened]
-            place = tuple(tensor.data_ptr() for tensor in tensors)
+            place = tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors)
             if place not in by_place:  # the output layer is the token embedding: one tensor under two names
                 checks += [pool.submit(checkpoints.check_tensor, path, tensor, sums)
                            for path, tensor, (_, sums) in zip(paths, tensors, opened)]
@@ -63,8 +63,16 @@ def mean(paths, shares):
 
 
 def weighted_sum(tensors, shares, piece=1 << 18):
-    """Of tensors of one shape, summed in float64, a piece of 2 MiB at a time."""
+    """
+    Of tensors of one shape, the newest first, summed in float64, a piece of 2 MiB at a time. What is counted in whole
+    numbers, such as a buffer's, has no mean: the newest is taken.
+    """
     result = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    if result.is_complex():
+        result = weighted_sum([torch.view_as_real(tensor) for tensor in tensors], shares, piece)
+        return torch.view_as_complex(result)
+    if not result.is_floating_point():
+        return result.copy_(tensors[0])
     flat = [tensor.reshape(-1) for tensor in tensors]
     total, term = torch.empty(2, piece, dtype=torch.float64)  # made once: thousands of small ones leave holes in memory
     for i in range(0, result.numel(), piece):

@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,9 @@ from kit.base.overrides import fail
 from kit.data.tokens import check_meta, is_same_tokenizer
 from kit.learn import optimizers
 
-MODEL_ARGS = 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'dropout', 'gelu_approximate', \
-    'causal'
-
 
 class Damaged(Exception):
-    """A file that will not do as a checkpoint; the message says which and why."""
+    """A file that will not do as a checkpoint, other bytes than were written or none of ours: which, and why."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,9 +294,12 @@ def load(path, resume=False):
     A checkpoint of this project or of nanoGPT, on the CPU, its model's names without the prefix and the masks that
     torch.compile and old versions have left there. Every byte is verified; nothing in the file is run. resume: it must
     hold the state of the training too, and is read into memory; else its tensors stay on the disk until they are used.
+    Whether its model is the one of today's model.py, build and fill see.
     """
     if not Path(path).exists():
         fail(f'{path}: there is no such checkpoint')
+    if Path(path).is_dir():
+        fail(f'{path} is a folder and no checkpoint; name a file in it, such as {Path(path) / "best.pt"}')
     try:
         return read(path, resume)
     except Damaged as error:
@@ -319,24 +320,32 @@ def damaged(path, error):
     reason = f'{type(error).__name__}: {" ".join(str(error).split())[:80]}'
     if is_no_damage(error):
         fail(f'{path} cannot be read: {reason}')
+    if isinstance(error, Damaged):
+        return Damaged(f'{path} is damaged ({error})')
+    if isinstance(error, RuntimeError | zipfile.BadZipFile | EOFError | OSError):  # in the archive itself
+        return Damaged(f'{path} is damaged ({reason})')
     if isinstance(error, pickle.UnpicklingError):
         reason = 'it asks for code, and that is never run'
-    elif isinstance(error, Damaged):
-        reason = error
-    return Damaged(f'{path} is damaged, or no checkpoint of flatGPT or nanoGPT ({reason})')
+    return Damaged(f'{path} is no checkpoint of flatGPT or nanoGPT ({reason})')
 
 
 def open_unverified(path, resume=False):
     """The checkpoint, raising whatever torch raises."""
     checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=not resume)
-    checkpoint['model_args'].setdefault('bias', True)  # nanoGPT's first ones do not say
     checkpoint['iter_num'] = int(checkpoint['iter_num'])
     for key in ('model', 'ema', 'swa'):
         if key in checkpoint:
             state = {name.removeprefix('_orig_mod.'): value for name, value in checkpoint[key].items()}
-            checkpoint[key] = {name: value for name, value in state.items() if not name.endswith('.attn.bias')}
+            checkpoint[key] = {name: value for name, value in state.items() if not is_mask(value)}
     check_form(checkpoint, resume)
     return checkpoint
+
+
+def is_mask(tensor):
+    """Whether this is the causal mask (1, 1, T, T) that nanoGPT's attention kept among the weights before PyTorch 2."""
+    shape = tensor.shape
+    return (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3] > 1
+            and torch.equal(tensor, torch.ones_like(tensor).tril()))
 
 
 def is_no_damage(error):
@@ -350,7 +359,7 @@ def verify(path):
     """Read every entry of an archive and compare it with its checksum. Raises Damaged."""
     with open(path, 'rb') as file:
         if not zipfile.is_zipfile(file):  # as everything that torch.save writes; other pickles are not even opened
-            raise Damaged('it is no archive of torch.save, or was cut off')
+            raise Damaged('no archive of torch.save: it was cut off, or is no checkpoint at all')
     threads = min(8, os.cpu_count() or 1)
 
     def check(first):  # zlib computes without Python's lock, so that the threads work side by side
@@ -402,25 +411,17 @@ def check_tensor(path, tensor, sums):
 
 def check_form(checkpoint, resume):
     """Raise KeyError, TypeError or ValueError where a checkpoint lacks what the scripts take from it."""
-    args = checkpoint['model_args']
-    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'):
-        if not isinstance(args[key], int) or args[key] < 1:
-            raise ValueError(f'its model_args have {key} = {args[key]!r}')
-    if strange := args.keys() - {*MODEL_ARGS}:
-        raise ValueError(f'its model_args have {", ".join(sorted(strange))}, which is not GPT-2')
+    dict(checkpoint['model_args'])
     for name, value in checkpoint['model'].items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f'{name} is no tensor')
-    if 'transformer.wpe.weight' not in checkpoint['model']:
-        raise KeyError('transformer.wpe.weight')
     if checkpoint['iter_num'] < 0:
         raise ValueError(f'its iter_num is {checkpoint["iter_num"]}')
-    if args['n_embd'] % args['n_head']:
-        raise ValueError(f'its model_args have n_embd = {args["n_embd"]} and n_head = {args["n_head"]}')
     if resume:
         float(checkpoint['best_val_loss'])
-        if not checkpoint['optimizer']['param_groups'] or not checkpoint['optimizer']['state']:
-            raise ValueError('its optimizer has no state')
+        dict(checkpoint['optimizer']['state'])
+        if not checkpoint['optimizer']['param_groups']:
+            raise ValueError('its optimizer has no parameters')
         if checkpoint.get('rewinds', 0) < 0 or len(checkpoint.get('bad_steps', [0, 0])) != 2:
             raise ValueError('its count of bad steps is none')
         for name in 'val_losses', 'recent_norms':
@@ -444,11 +445,14 @@ def weights(checkpoint, which='auto'):
     return checkpoint['model' if which == 'raw' or not average else average]
 
 
-def first_difference(a, b):
-    """What keeps the weights of two checkpoints from being averaged, in words; '' where nothing does."""
-    for key in MODEL_ARGS:
-        mine, theirs = a['model_args'].get(key), b['model_args'].get(key)
-        if mine != theirs and key != 'dropout':
+def first_difference(a, b, free=()):
+    """
+    What keeps the weights of two checkpoints, whose model_args config_of has completed, from being averaged, in words;
+    '' where nothing does. free: those of model_args that may differ.
+    """
+    for key, mine in a['model_args'].items():
+        theirs = b['model_args'][key]
+        if mine != theirs and key not in free:
             return f'{key} is {theirs} and {mine}'
     if a.get('meta', {}).get('tokenizer') != b.get('meta', {}).get('tokenizer'):
         return 'their tokenizers differ'
@@ -461,16 +465,32 @@ def first_difference(a, b):
 
 def is_finite(tensor):
     """Whether all numbers are, without a copy of the tensor: NaN is both the lowest and the highest."""
-    return all(math.isfinite(edge) for edge in tensor.aminmax())
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return not tensor.is_floating_point() or not tensor.numel() or all(map(math.isfinite, tensor.aminmax()))
 
 
-def fill(model, state):
-    """Load the weights of a checkpoint into a model."""
+def config_of(saved, GPTConfig, path):
+    """
+    The GPTConfig of a checkpoint. Fields that its model_args lack have their defaults, and from here on they have all.
+    Where they are not those of today's model.py it ends the script: that is no damage, but another model.
+    """
+    try:
+        config = GPTConfig(**saved['model_args'])
+    except (TypeError, ValueError) as error:
+        words = str(error).replace('GPTConfig.__init__()', 'GPTConfig')
+        fail(f'{path} holds another model than model.py makes: {words}')
+    saved['model_args'] = asdict(config)
+    return config
+
+
+def fill(model, state, path=''):
+    """Load weights into a model, which judges them: where they do not fit, the script ends with its words."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = ' '.join(line.strip() for line in str(error).splitlines()[1:])
-        fail(f'the weights do not fit their own model_args: {reason[:150]}')
+        reason = ' '.join(' '.join(str(error).splitlines()[1:]).split())
+        fail(f'{path or "the checkpoint"} holds weights of another model than model.py makes: {reason[:300]}')
 
 
 def restore(saved, model, optimizer, scaler):
@@ -482,8 +502,8 @@ def restore(saved, model, optimizer, scaler):
             scaler.load_state_dict(saved['scaler'])
         restore_random_states(saved.get('random_states'))
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        fail(f'the state of the optimizer does not fit the model ({type(error).__name__}: {error}); '
-             'take the weights alone: --init_from=FILE.pt')
+        fail(f'the state of the optimizer does not fit ({type(error).__name__}: {error}); take the weights alone: '
+             '--init_from=FILE.pt')
 
 
 def random_states():
@@ -508,20 +528,6 @@ def restore_random_states(states):
 def versions():
     return {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__,
             'cuda': torch.version.cuda}
-
-
-def make_room(saved, vocab_size):
-    """Give saved weights more ids, such as the one that hides a token: they begin as the mean of the others."""
-    known = saved['model_args']['vocab_size']
-    if vocab_size <= known:
-        return
-    if 'optimizer' in saved:
-        fail('mask_prob: these weights know no id that hides a token, and their optimizer neither; '
-             'begin a new run with them: --init_from=FILE.pt')
-    saved['model_args'] = saved['model_args'] | {'vocab_size': vocab_size}
-    for name in ('transformer.wte.weight', 'lm_head.weight'):
-        old = saved['model'][name]
-        saved['model'][name] = torch.cat([old, old.mean(dim=0, keepdim=True).expand(vocab_size - known, -1)])
 
 
 def check_fit(saved, block_size, meta):

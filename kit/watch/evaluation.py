@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from kit.base import devices, ranks
 
@@ -138,29 +137,3 @@ def bleu(answers, references):
         return None
     metric = BLEU()
     return metric.corpus_score(answers, [references]).score, str(metric.get_signature())
-
-
-class AttentionMaps(TorchFunctionMode):
-    """While it is entered, computes what scaled_dot_product_attention does not give: who looks where."""
-
-    def __init__(self):
-        super().__init__()
-        self.maps = []  # of each layer: (B, H, T, T), a row sums to 1
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            q, k = args[:2]
-            scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
-            if kwargs['is_causal']:
-                future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-                scores = scores.masked_fill(future, -math.inf)
-            self.maps.append(scores.softmax(dim=-1))
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def attention(model, ids):
-    """The attention of every layer and head over one row of ids (T,): an array (L, H, T, T)."""
-    with evaluating(model), AttentionMaps() as seen:
-        model.hidden(ids[None])  # in float32: nothing is compiled or cast here
-    return torch.stack(seen.maps)[:, 0].cpu().numpy()

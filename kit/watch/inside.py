@@ -34,11 +34,17 @@ def show(journal, step, model, data, meta, device, is_last):
     if is_last or start > journal.pictures_due:
         from kit.watch import pictures
         journal.show('image', step, 'Attention', lambda: pictures.attention(
-            evaluation.attention(model, ids), [label(i) for i in ids.tolist()]))
+            attention(model, ids), [label(i) for i in ids.tolist()]))
         journal.show('image', step, 'Loss_curve', lambda: pictures.loss_curve(journal.history, f'step {step}'))
-        vectors = model.transformer.wte.weight[:n_vectors].detach().float().cpu()
-        journal.show('embedding', step, 'Tokens', vectors, [label(i) for i in range(n_vectors)])
+        journal.show('embedding', step, 'Tokens', lambda: model.token_vectors()[:n_vectors].float().cpu(),
+                     lambda: [label(i) for i in range(n_vectors)])
         journal.pictures_due = time.time() + 100 * (time.time() - start)
+
+
+def attention(model, ids):
+    """The attention of every layer and head over one row of ids (T,): an array (L, H, T, T)."""
+    with evaluation.evaluating(model):
+        return model.attention_maps(ids[None])[:, 0].cpu().numpy()  # in float32: nothing is compiled or cast here
 
 
 def shown(text):
