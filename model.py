@@ -271,8 +271,8 @@ class GPT(nn.Module):
 
     def count_params(self, non_embedding=True):
         """The number of parameters; without those of the positions, as is usual, since they cost no arithmetic."""
-        n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if not non_embedding or not name.startswith('transformer.wpe.'))
 
     def flops_per_token(self):
         """Forward and backward, in FLOPs, as in appendix B of PaLM (Chowdhery et al. 2022, arXiv:2204.02311)."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kit.base import overrides
 from kit.learn import schedules
-from kit.watch import diagnosis, pictures, runlogs
+from kit.watch import curves, diagnosis, pictures, runlogs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings; the bare words are runs: their folders, or logs
@@ -104,6 +104,10 @@ try:
         print(f'wrote {path}')
 except OSError as error:
     overrides.fail(f'{path} cannot be written: {error.strerror}')
+if left_out := curves.own_panels(histories.values())[1]:
+    more = f' and {len(left_out) - 5} more' if len(left_out) > 5 else ''
+    print(f'not drawn: {", ".join(left_out[:5])}{more}; of other figures {curves.MOST_OWN_PANELS} panels are '
+          f'drawn, with at most {curves.MOST_CURVES} in each')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what they show, in words

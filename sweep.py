@@ -14,7 +14,8 @@ and bayes, a range: uniform(0.0, 0.3), log_uniform(1e-4, 1e-1), of whole numbers
     method = 'grid'                                     grid, random or bayes
     seeds = 3                                           so many from the seed of train.py on, or a list of them
     max_runs = 20                                       set-ups that are tried; 0 = all of a grid
-    minimise = 'val/loss'                               or train/loss; of a run its lowest counts
+    minimise = 'val/loss'                               any figure of metrics.jsonl; of a run its lowest counts
+    maximise = 'val/accuracy'                           or this in its place; of a run its highest counts
 
 Started again after an interruption, it goes on: what is finished stays, a half-made run goes on from its checkpoint,
 a crashed one is tried again (but by bayes, which has gone on to another).
@@ -28,7 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kit.base import overrides, signals
-from kit.sweeps import searches, trials
+from kit.sweeps import searches, tables, trials
 from kit.watch.journal import duration
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,27 +84,26 @@ print(f'sweep: {total} runs in {folder}, {jobs} at a time' + (f'; {len(results)}
 # the runs: where one ends the next is started at once, and the tables are written while it trains
 
 signals.listen()
-running, stopped, mistake, seconds, picture_due = [], '', '', [], time.time() + 30
+running, stopped, mistakes, seconds, picture_due = [], '', {}, [], time.time() + 30
 bar = tqdm(total=total, initial=len(results), unit='run', disable=None, leave=False)  # on a terminal alone
 while True:
     asked = signals.take()
     ended = [run for run in running if run.process.poll() is not None]
-    for run in [run for run in ended if run.process.returncode == 2]:  # it would end the others as well
-        mistake = f'run {run.folder.name}: {trials.last_words(run.folder, 2)}'
-    if (asked in signals.STOP or mistake) and not stopped:
+    mistakes |= {run.folder.name: words for run in ended if (words := trials.mistake(sweep, run, results))}
+    if (asked in signals.STOP or mistakes) and not stopped:
         stopped = asked or 'mistake'
         for run in running:
             run.process.terminate()  # it finishes its step and saves
     for run in ended:
         running.remove(run)
-        if stopped and run.process.returncode and not run.is_pruned:
+        if run.folder.name in mistakes or stopped and run.process.returncode and not run.is_pruned:
             continue  # half-made, it goes on with the sweep
         result = results[run.number, run.seed] = trials.finish(sweep, run)
         waiting += study.next_of(run.number, results) if study else []
         seconds.append(time.time() - run.began)
         left = duration(trials.seconds_left(seconds, total - len(results), jobs))
         bar.update()
-        bar.write(f'{len(results)} of {total}: {run}: {trials.outcome(result, sweep.minimise)}; about {left} left')
+        bar.write(f'{len(results)} of {total}: {run}: {trials.outcome(sweep, result)}; about {left} left')
 
     while not stopped and len(running) < jobs:
         waiting += study.ask() if study and not waiting else []
@@ -116,15 +116,15 @@ while True:
         bar.write(f'run {run.folder.name} begins')
 
     if ended:
-        trials.spare(trials.write_tables, sweep, folder, results)
+        trials.spare(tables.write_tables, sweep, folder, results)
         if time.time() > picture_due:  # with no more than a twentieth of the time
             begin = time.time()
-            trials.spare(trials.draw, sweep, folder, results)
+            trials.spare(tables.draw, sweep, folder, results)
             picture_due = time.time() + 20 * (time.time() - begin)
     if not running and (stopped or not waiting):
         break
     for run in running:
-        trials.follow(run)
+        trials.follow(sweep, run)
         if study and not run.is_pruned and study.is_hopeless(run):
             run.is_pruned = True
             run.process.terminate()
@@ -136,13 +136,13 @@ signals.obey()
 # ---------------------------------------------------------------------------------------------------------------------
 # what came of it
 
-trials.spare(trials.write_tables, sweep, folder, results)
-n_curves = trials.spare(trials.draw, sweep, folder, results)
-print('\n' + trials.markdown(sweep, results))
+trials.spare(tables.write_tables, sweep, folder, results)
+n_curves = trials.spare(tables.draw, sweep, folder, results)
+print('\n' + tables.markdown(sweep, results))
 print(f'{folder}: results.md, results.csv (a row a run)'
       + (f', comparison.png (the best {n_curves} of its set-ups)' if n_curves else ''))
-if mistake:
-    overrides.fail(mistake)
+if mistakes:
+    overrides.fail('run {}: {}'.format(*next(iter(mistakes.items()))))
 if stopped:
     print(f'{stopped}: stopped with {len(results)} of {total} runs made; this goes on:\n'
           f'  python {shlex.join(sys.argv)}')

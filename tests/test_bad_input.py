@@ -1,4 +1,4 @@
-"""What users get wrong: one line on stderr that names it and the mend, status 2, nothing written."""
+"""What users get wrong: one line on stderr that names it and the remedy, status 2, nothing written."""
 
 import pickle
 
@@ -61,7 +61,7 @@ def one_line(result, named):
     (['--init_from=gpt3'], ['gpt3', 'gpt2-xl']),
     (['--test'], ['checkpoints', 'no checkpoint']),
     (['--test', '--checkpoint=none.pt'], ['none.pt', 'no such checkpoint']),
-    (['--test', '--checkpoint=text.txt'], ['text.txt', 'damaged, or no checkpoint']),
+    (['--test', '--checkpoint=text.txt'], ['text.txt', 'damaged', 'no checkpoint']),
     (['--test', '--checkpoint=other.pt'], ['other.pt', 'no checkpoint']),
     (['--test', '--checkpoint=hostile.pt'], ['hostile.pt', 'no checkpoint']),
     (['--test', '--checkpoint=data'], ['data', 'no checkpoint']),

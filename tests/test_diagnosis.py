@@ -277,6 +277,25 @@ def test_layers_are_named():
     assert any('explosion' in line and 'most of it in h.1' in line for line in lines)
 
 
+def test_blocks_are_layers_that_end_in_a_number():
+    """Whatever they are called; and a model without any is no worse off."""
+    ratio = lambda t: 0.05 if t > 200 else 0.005
+    known = {'unigram_entropy': 3.0, 'vocab_size': 50}
+    for name in 'h.0', 'blocks.11', 'encoder.layers.3', '0':
+        _, lines = history(facts=known, **{f'update_ratio/{name}': ratio, 'update_ratio/head': lambda t: 0.1})
+        assert len(lines) == 1 and 'rate too large' in lines[0] and 'moves the blocks by 5.0%' in lines[0], name
+        assert 'norm layer' not in lines[0]
+    for name in 'ln_f', 'norm', 'final_LayerNorm', 'model.norm_f':
+        _, lines = history(facts=known, **{f'update_ratio/{name}': ratio, 'update_ratio/embedding': ratio})
+        assert len(lines) == 1 and 'the gains of the last norm layer by 5.0%' in lines[0], name
+        assert 'blocks' not in lines[0]
+    _, lines = history(facts=known, loss=lambda t: 3.0, **{
+        'update_ratio/embedding': lambda t: 1e-6, 'update_ratio/mlnet': ratio, 'grad_norm/head': lambda t: 1.0})
+    assert len(lines) == 1 and 'no use of the context' in lines[0], 'the rate of blocks is not known to be too small'
+    assert history(facts=known, loss=lambda t: 3.0, **{'update_ratio/layers.0': lambda t: 1e-6})[1][0].startswith(
+        'WARNING: rate too small')
+
+
 def test_convergence_and_underfitting():
     flat = {'loss': lambda t: 2.5 + 0.05 * math.sin(t), 'train/loss': lambda t: 2.5}
     _, lines = history(n=700, **flat, **{'val/loss': lambda t: 2.51})

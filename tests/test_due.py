@@ -265,7 +265,7 @@ class Scaler:
 
 @pytest.mark.parametrize('scale', [1.0, 64.0])
 def test_bad_steps_are_counted_and_told(capsys, scale):
-    """(loss, norms) of six steps. With float16's scale above 1 an overflow in the norms is for the scale to mend."""
+    """(loss, norms) of six steps. With float16's scale above 1 an overflow in the norms only lowers the scale."""
     steps = [(1.0, [1, 1]), (math.nan, [1, 1]), (1.0, [1, math.inf]), (math.inf, [math.nan, 2]), (1.0, [1, 2]),
              (1.0, [math.nan, 1]), (1.0, [1, 1])]
     expected = {1.0: [0, 1, 2, 3, 0, 1, 0], 64.0: [0, 1, 0, 1, 0, 0, 0]}[scale]

@@ -11,7 +11,7 @@ from kit.run import rules
 
 SCRIPT = '''"""A script."""
 import sys
-sys.path.insert(0, {house!r})
+sys.path.insert(0, {root!r})
 from kit.base import overrides
 
 # a group
@@ -35,7 +35,7 @@ def script(run, tmp_path):
     path = tmp_path / 'script.py'
 
     def launch(*args, operands=''):
-        path.write_text(SCRIPT.format(house=str(ROOT), operands=operands))
+        path.write_text(SCRIPT.format(root=str(ROOT), operands=operands))
         return run(path, *args)
     return launch
 

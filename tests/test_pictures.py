@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from kit.watch import diagnosis, pictures, runlogs
+from kit.watch import curves, diagnosis, pictures, runlogs
 from kit.watch.diagnosis import History
 
 NANOGPT = """tokens per iteration will be: 16,384
@@ -239,35 +239,150 @@ def test_the_median_and_the_thinning():
     rng = np.random.default_rng(0)
     steps, values = np.arange(100_007), rng.normal(size=100_007)
     values[[77, 50_000]] = math.nan, 99
-    at, thin = pictures.thinned(steps, values)
+    at, thin = curves.thinned(steps, values)
     assert len(at) < 20_000 and (np.diff(at) > 0).all() and (values[at] == thin).all()
     assert {np.nanargmin(values), 50_000} <= set(at)
     steps, values = steps[:400], values[:400]
     good = np.delete(values, 77)
-    at, middle = pictures.smoothed(steps, values)
-    assert list(at) == list(np.delete(steps, 77)), 'there is room for all'
+    at, middle = curves.smoothed(steps, values)
+    assert list(at) == list(np.delete(steps, 77)), 'there is a place for all'
     for i in 0, 3, 12, 200, 398:
         reach = min(12, i)
         assert middle[i] == np.median(good[i - reach:i + reach + 1])
-    assert list(pictures.smoothed(steps[:20], values[:20])[1]) == list(values[:20]), 'too few to smooth'
+    assert list(curves.smoothed(steps[:20], values[:20])[1]) == list(values[:20]), 'too few to smooth'
 
 
 def test_layers(figures):
-    names = ['ln_f', 'h.10', 'h.2', 'wpe', 'h.0', 'wte']
+    names = ['wte', 'blocks.0', 'blocks.2', 'blocks.10', '$head$']
     records = [{'step': step} | {f'grad_norm/{name}': 1.0 + i + step for i, name in enumerate(names)}
                for step in range(0, 90, 10)]
-    records[4]['grad_norm/h.2'], records[5]['grad_norm/h.0'] = 0.0, None
+    records[4]['grad_norm/blocks.2'], records[5]['grad_norm/blocks.0'] = 0.0, None
     history = history_of(records)
-    rows, steps, norms = pictures.layer_table(history)
-    assert rows == ['wte', 'wpe', 'h.0', 'h.2', 'h.10', 'ln_f'] and list(steps) == list(range(0, 90, 10))
-    assert list(norms[0]) == [6.0 + s for s in steps] and norms[3, 4] == 0 and math.isnan(norms[2, 5])
+    rows, steps, norms = curves.layer_table(history)
+    assert rows == names and list(steps) == list(range(0, 90, 10)), 'in the order of the log, which is the model\'s'
+    assert list(norms[0]) == [1.0 + s for s in steps] and norms[2, 4] == 0 and math.isnan(norms[1, 5])
     fig = pictures.layers({'a': history, 'b': history})
     assert [ax.get_title('left') for ax in fig.axes[:2]] == ['a', 'b'] and fig.axes[2].get_ylabel() == 'gradient norm'
-    cells = fig.axes[0].collections[0].get_facecolor().reshape(6, 9, 4)
-    assert list(cells[3, 4, :3]) == [0, 0, 0] and cells[2, 5, 0] > 0.7 and cells[2, 5, 1] == 0
+    cells = fig.axes[0].collections[0].get_facecolor().reshape(5, 9, 4)
+    assert list(cells[2, 4, :3]) == [0, 0, 0] and cells[1, 5, 0] > 0.7 and cells[1, 5, 1] == 0
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ['zero: no gradient arrives', 'not finite']
     long = history_of({'step': s, 'grad_norm/wte': 100.0 if s == 1234 else 1.0} for s in range(5000))
-    assert pictures.layer_table(long)[2].shape[1] <= 1200 and pictures.layer_table(long)[2].max() == 100
+    assert curves.layer_table(long)[2].shape[1] <= 1200 and curves.layer_table(long)[2].max() == 100
+
+
+def test_a_column_of_layers_is_as_wide_as_its_step_took(figures):
+    """The first one reaches no further than the others where the run was starting up behind it."""
+    records = [{'step': step, 'time': 0.5 + step + 20 * (step > 0), 'loss': 3.0, 'grad_norm/wte': 1.0 + step}
+               for step in range(5)]
+    mesh = pictures.layers({'a': history_of(records)}, x='time').axes[0].collections[0]
+    assert list(mesh.get_coordinates()[0, :, 0]) == [0.5, 1.5, 21.5, 22.5, 23.5, 24.5, 25.5]
+    cells = mesh.get_facecolor().reshape(6, 4)
+    assert list(cells[1]) == [1, 1, 1, 1] and len({tuple(cell) for cell in cells}) == 6, 'white in between'
+    for n in 1, 2:
+        fig = pictures.layers({'a': history_of(records[:n])}, x='time')
+        assert len(fig.axes[0].collections[0].get_facecolor()) == n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures of a researcher's own
+
+
+def with_own(seed=0, **own):
+    """Records of a run with figures of its own, each a function of the step; those of train/ and val/ are evaluated."""
+    own = {name.replace('__', '/'): f for name, f in own.items()}
+    for record in a_run(seed=seed):
+        is_evaluation = 'val/loss' in record
+        yield record | {name: f(record['step']) for name, f in own.items()
+                        if name.startswith(('train/', 'val/')) == is_evaluation}
+
+
+def titles(fig):
+    return [ax.get_title('left') for ax in fig.axes]
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def stand_free(fig):
+    """Whether no title, legend or axis lies on another."""
+    boxes = [box for ax in fig.axes for box in [ax.get_window_extent(), ax.title.get_window_extent(),
+             ax._left_title.get_window_extent(), *([ax.get_legend().get_window_extent()] if ax.get_legend() else [])]
+             if box.width > 1]
+    width, height = fig.canvas.get_width_height()
+    return all(0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height for box in boxes) and not any(
+        a.x0 < b.x1 - 1 and b.x0 < a.x1 - 1 and a.y0 < b.y1 - 1 and b.y0 < a.y1 - 1
+        for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+@pytest.mark.filterwarnings('error')
+def test_figures_of_ones_own_have_panels(figures):
+    """One alone, those that share a prefix together, an evaluation's train and val together, behind the known ones."""
+    first = history_of(with_own(z_loss=lambda s: s / 60, attention__entropy=lambda s: 2.0, attention__max=lambda s: s,
+                                train__f1=lambda s: s / 99, val__f1=lambda s: s / 100))
+    fig = pictures.loss_curve(first, 'a')
+    assert titles(fig)[5:] == ['f1', 'z_loss', 'attention'] and stand_free(fig)
+    f1, z_loss, attention = fig.axes[5:]
+    assert legend(f1) == ['train', 'val'] and list(f1.lines[1].get_ydata()) == [0, 0.2, 0.4]
+    assert list(z_loss.lines[0].get_ydata()) == [s / 60 for s in range(60)] and z_loss.get_legend() is None
+    assert legend(attention) == ['entropy', 'max'] and fig.axes[-1].get_xlabel() == 'steps'
+    assert set(attention.lines[0].get_ydata()) == {2.0}
+    second = history_of(with_own(1, z_loss=lambda s: 1.0))
+    fig = pictures.comparison({'a': first, 'b': second})
+    assert titles(fig)[5:] == ['f1', 'z_loss', 'attention'] and stand_free(fig)
+    f1, z_loss, attention = fig.axes[5:]
+    assert [line.get_color() for line in z_loss.lines] == pictures.COLORS[:2]
+    assert [line.get_color() for line in attention.lines] == pictures.COLORS[:1] * 2, 'the other run has none of it'
+    assert len({line.get_linestyle() for line in attention.lines}) == 2 and legend(attention) == ['entropy', 'max']
+
+
+def test_known_figures_have_no_panel_of_their_own():
+    from kit.watch.journal import PREFIXES, TAGS
+    names = [*TAGS, 'time', *(f'{prefix}some.0' for prefix in PREFIXES)]
+    assert curves.own_panels([history_of([{'step': 3} | dict.fromkeys(names, 1.0)])]) == ({}, [])
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('name, f, label', [
+    ('$x_$y', lambda s: s, r'\$x_\$y'), ('_hidden', lambda s: s, '_hidden'), ('long_' * 50, lambda s: s, '...'),
+    ('constant', lambda s: -7.25, 'constant'), ('nothing', lambda s: 0.0, 'nothing'), ('once', lambda s: 1.0, 'once'),
+    ('holes', lambda s: math.nan if s % 7 < 3 else s, 'holes'), ('endless', lambda s: math.inf if s else 1, 'endless'),
+    ('steep', lambda s: 10.0**-s, 'steep'), ('close', lambda s: 1e6 + s / 1e4, 'close'), ('a/', lambda s: s, 'a/'),
+    ('/', lambda s: s, '/'), ('val/', lambda s: s, 'val/'), ('two\nlines', lambda s: s, 'two lines')])
+def test_any_figure_is_drawn(figures, name, f, label):
+    records = [{'step': s, 'loss': 3.0, name: f(s)} for s in range(60) if name != 'once' or s == 7]
+    other = [{'step': s, 'loss': 3.0, 'group/' + name: f(s), 'group/b': 1.0} for s in range(60)]
+    a, b = history_of(records), history_of(other)
+    for fig in pictures.loss_curve(a, 'a'), pictures.comparison({'a': a, 'b': b}):
+        assert stand_free(fig) and titles(fig)[1].startswith(label)
+        ticks = [text.get_text() for text in fig.axes[1].get_yticklabels()]
+        assert len(set(ticks)) == len(ticks), ticks
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_panel_of_six_with_long_names(figures):
+    own = {f'a_group_with_a_name_that_goes_on_and_on/so_does_that_of_figure_{i}': i for i in range(6)}
+    own |= {f'b/figure_{i}_of_the_other_group_of_figures': i for i in range(3)}
+    history = history_of({'step': s, 'loss': 3.0} | own for s in range(9))
+    for fig in pictures.loss_curve(history, 'a'), pictures.comparison({'a': history, 'b': history}):
+        assert titles(fig)[1:] == ['...me_that_goes_on_and_on', 'b'] and stand_free(fig)
+        last = legend(fig.axes[1])[5]
+        assert last.startswith('...') and last.endswith('_of_figure_5') and fig.axes[1].bbox.height > 120
+
+
+def test_of_many_figures_some_are_left_out(run, figures, tmp_path):
+    names = [*(f'own{i}' for i in range(9)), *(f'own0/{i}' for i in range(7))]
+    write_run(tmp_path / 'a', [{'step': s, 'loss': 3.0} | dict.fromkeys(names, float(s)) for s in range(30)])
+    history = runlogs.read(tmp_path / 'a')
+    fig = pictures.loss_curve(history, 'a')
+    assert titles(fig)[1:] == [f'own{i}' for i in range(8)] and stand_free(fig)
+    assert legend(fig.axes[1]) == ['own0', '0', '1', '2', '3', '4']
+    result = run('plot_loss.py', 'a')
+    assert result.status == 0 and 'not drawn: own8, own0/5, own0/6; of other figures 8 panels' in result.out
+    fig = pictures.comparison({'a': history, 'b': history}, metric='own0/6', is_max=True)
+    assert legend(fig.axes[1])[0] == '6' and 'star: highest own0/6' in fig.axes[0].get_title('left')
+    assert [star.get_ydata()[0] for star in fig.axes[1].lines if star.get_marker() == '*'] == [29.0] * 2
+    assert fig.legends[0].get_texts()[0].get_text() == 'a: own0/6 29.0000 at step 29'
 
 
 def test_attention(figures):

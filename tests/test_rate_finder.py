@@ -1,4 +1,4 @@
-"""--find_lr: what is made of curves whose answer is known, and the errand itself, which leaves everything as it was."""
+"""--find_lr: what is made of curves whose answer is known, and the whole launch, which leaves everything as it was."""
 
 import csv
 import json
@@ -121,7 +121,7 @@ def test_the_picture(loss_at, suggested):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the errand
+# the launch
 
 
 SHORT = 'from kit.run import rate_finder; rate_finder.STEPS = 60'  # of 200, which take a second

@@ -147,7 +147,7 @@ def test_shards_of_llm_c_are_read_as_they_are(run, tiny):
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='it takes /proc')
 def test_memory_stays_flat_over_a_large_memory_map(tmp_path):
     with open(tmp_path / 'train.bin', 'wb') as file:
-        file.truncate(400_000_000)  # a hole, so it takes no room
+        file.truncate(400_000_000)  # a hole, so it takes no space
     data = np.memmap(tmp_path / 'train.bin', dtype='<u2', mode='r')
     rows = readers.Rows(['hole'], [readers.Windows(data, 256)], [1.0])
 
@@ -294,8 +294,8 @@ def test_pairs_that_are_too_long(block_size):
         x, y, _ = fetch(cut, np.array([i]))
         y = y[y >= 0].tolist()
         assert x.shape[1] <= block_size and y == ids[target:end][:len(y)]
-        room = block_size - 1  # what the prompt and its end_of_text need is one place at least
-        assert len(y) == min(end - target, room + 1)
+        # the prompt and its end_of_text take one place at least, and y is moved on by one
+        assert len(y) == min(end - target, block_size)
         if end - start - 1 <= block_size:
             assert x[0].tolist() == ids[start:end - 1]
     dropped = padded(block_size=block_size, too_long='drop')[0]

@@ -171,12 +171,12 @@ def test_on_another_text(train, run, tiny):
 
 
 @pytest.mark.parametrize('change, named', [
-    (lambda saved: saved['optimizer'].update(param_groups=[]), 'no state'),
-    (lambda saved: saved['optimizer'].update(state={}), 'no state'),
+    (lambda saved: saved['optimizer'].update(param_groups=[]), 'its groups have []'),
+    (lambda saved: saved['optimizer'].update(state={}), 'nothing of what AdamW keeps'),
     (lambda saved: saved['optimizer']['param_groups'].pop(), 'does not fit'),
     (lambda saved: saved.update(iter_num=-5), 'iter_num'),
     (lambda saved: saved.update(rewinds=-1), 'bad steps'),
-    (lambda saved: saved.update(val_losses=[None]), 'damaged'),
+    (lambda saved: saved.update(val_losses=[None]), 'no checkpoint of flatGPT'),
     (lambda saved: saved['config'].update(learning_rate='fast'), 'learning_rate of the checkpoint'),
     (lambda saved: saved['model_args'].update(n_head=5), 'n_head = 5'),
 ])
@@ -252,7 +252,7 @@ def test_a_new_run_from_weights(train, run, tiny):
     (['--init_from=checkpoints/ckpt.pt', '--weights=swa'], ['weights', 'swa', 'raw']),
     (['--init_from=checkpoints/ckpt.pt', '--n_layer=3'], ['n_layer = 3', 'n_layer = 2']),
     (['--init_from=checkpoints/ckpt.pt', '--block_size=32'], ['block_size', '16 positions']),
-    (['--init_from=text.pt'], ['text.pt', 'damaged, or no checkpoint']),
+    (['--init_from=text.pt'], ['text.pt', 'damaged', 'no checkpoint']),
     (['--weights=best'], ['weights', 'best', 'raw']),
     (['--save_errors=ignore'], ['save_errors', 'ignore', 'warn']),
     (['--ema_decay=1'], ['ema_decay']),

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT, TINY, needs_mirror, records
 
 from kit.base import overrides
-from kit.sweeps import searches, trials
+from kit.sweeps import searches, tables, trials
 from kit.watch.diagnosis import History
 
 STAND_IN = '''"""A stand-in for train.py: its loss is a function of the settings and the step."""
@@ -69,7 +69,9 @@ while True:
         loss = 2 + (math.log10(learning_rate) + 2.5)**2 + 2 * math.exp(-step / 10) + seed % 10 / 100 + n_embd / 1e4
         loss += step if how == 'worse' else step / 20 if how == 'rises' else 0
         loss = None if how == 'nan' and step else loss
-        metrics.write(json.dumps({'step': step, 'time': step / 100, 'val/loss': loss, 'train/loss': loss}) + '\\n')
+        score = None if loss is None or step == 30 else 3 / loss  # a figure of its own, which is the better the higher
+        metrics.write(json.dumps({'step': step, 'time': step / 100, 'val/loss': loss, 'train/loss': loss,
+                                  'val/score': score}) + '\\n')
         (folder / 'ckpt.pt').write_text(str(step))
     if stopped:
         (folder / 'ckpt.pt').write_text(str(step))
@@ -87,6 +89,7 @@ while True:
     if step == max_iters:
         break
     metrics.write(json.dumps({'step': step, 'time': step / 100, 'loss': 3.0, 'lr': learning_rate,
+                              'z_loss': abs(step - 25) / 1e4 + dropout,
                               'tokens_per_second': 100.0 + step, 'system/cpu_memory_gib': 0.25}) + '\\n')
     time.sleep(pace)
     step += 1
@@ -95,20 +98,20 @@ log.write('\\na sample of its own:\\nIt, "said"\\n\\nhe.\\n\\nbest val loss\\nne
 
 
 @pytest.fixture
-def house(tmp_path):
-    """A copy of the house whose train.py is the stand-in."""
-    shutil.copytree(ROOT / 'kit', tmp_path / 'house/kit', ignore=shutil.ignore_patterns('__pycache__'))
-    shutil.copy(ROOT / 'sweep.py', tmp_path / 'house')
-    (tmp_path / 'house/train.py').write_text(STAND_IN)
-    return tmp_path / 'house'
+def project(tmp_path):
+    """A copy of the project whose train.py is the stand-in."""
+    shutil.copytree(ROOT / 'kit', tmp_path / 'project/kit', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(ROOT / 'sweep.py', tmp_path / 'project')
+    (tmp_path / 'project/train.py').write_text(STAND_IN)
+    return tmp_path / 'project'
 
 
 @pytest.fixture
-def sweep(run, house, tmp_path):
+def sweep(run, project, tmp_path):
     """sweep('learning_rate = [1, 2]', '--jobs=2') -> Result: the stand-in swept by a file x.py of these lines."""
     def launch(lines, *args, **kwargs):
         (tmp_path / 'x.py').write_text(lines)
-        return run(house / 'sweep.py', 'x.py', *args, **kwargs)
+        return run(project / 'sweep.py', 'x.py', *args, **kwargs)
     return launch
 
 
@@ -222,15 +225,15 @@ def test_the_mean_of_histories():
         first.add(step, {'val/loss': value, 'lr': 0.5})
     for step, value in (0, 2.0), (20, 2.0), (30, 9.0):
         second.add(step, {'val/loss': value})
-    mean = trials.mean_history([first, second])
+    mean = tables.mean_history([first, second])
     assert [list(values) for values in mean.get('val/loss')] == [[0, 20], [3.0, 1.5]], 'steps that both have'
     assert not len(mean.get('lr')[0]) and mean.facts == {'parameters': 3}
-    assert trials.mean_history([first]) is first
+    assert tables.mean_history([first]) is first
 
 
 @pytest.mark.parametrize('file', sorted((ROOT / 'config/sweeps').glob('*.py')), ids=lambda file: file.stem)
 @needs_mirror
-def test_files_of_the_house(file, tmp_path, monkeypatch):
+def test_files_of_the_project(file, tmp_path, monkeypatch):
     if file.stem == 'rate_bayes':
         pytest.importorskip('optuna')
     (tmp_path / 'data').mkdir()
@@ -293,7 +296,9 @@ def test_commands(tmp_path):
     ('method = "random"\nn_layer = uniform(1, 2.5)', ['--max_runs=2'], ['n_layer', 'whole number']),
     ('method = "random"\nbias = uniform(0, 1)', ['--max_runs=2'], ['bias', 'list']),
     ('method = "bayes"\nn_head = uniform(1, 3)', ['--max_runs=2'], ['n_head = 3', 'multiple']),
-    ('minimise = "val/los"', [], ['val/los', 'val/loss']),
+    ('minimise = "a"\nmaximise = "b"', [], ["minimise = 'a'", "maximise = 'b'", 'one of them']),
+    ('minimise = ""', [], ["minimise = ''", "maximise = ''", 'one of them']),
+    ('maximise = 3', [], ['maximise = 3']),
     ('seeds = 0', [], ['seeds', 'from 1 on']),
     ('seeds = [1, "a"]', [], ['seeds', 'whole']),
     ('seeds = "three"', [], ['seeds', 'three']),
@@ -404,10 +409,10 @@ def test_a_killed_sweep_goes_on(run, tiny):
     (tiny / 'y.py').write_text(lines.replace('[10, 300]', '[300]'))
     assert run('sweep.py', 'y.py', env={'OMP_NUM_THREADS': '1'}).status == 0
     whole, = table(tiny / 'sweeps/y')
-    mended = table(tiny / 'sweeps/x')[1]
-    assert mended['status'] == whole['status'] == 'finished'
+    resumed = table(tiny / 'sweeps/x')[1]
+    assert resumed['status'] == whole['status'] == 'finished'
     for name in 'lowest val/loss', 'at step', 'last train/loss', 'steps', 'sample':
-        assert mended[name] == whole[name], name
+        assert resumed[name] == whole[name], name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,11 +460,69 @@ def test_seeds_are_averaged(sweep, tmp_path):
     assert all(path.read_text() == 'auto 0\n' for path in tmp_path.glob('sweeps/x/*/begins'))
 
 
-def test_threads_and_gpus(sweep, house, tmp_path):
+def test_the_highest_of_a_figure_of_an_evaluation(sweep, tmp_path):
+    """Table, CSV, lines and the order of the set-ups; a NaN, as at step 30, is no best."""
+    result = sweep('maximise = "val/score"\nlearning_rate = [1e-4, 1e-2, 3e-3]\nhow = ["rises"]\n', '--jobs=2')
+    assert result.status == 0, result.err
+    rows = table(tmp_path / 'sweeps/x')
+    for row in rows:
+        scores = {r['step']: r['val/score'] for r in records(tmp_path / 'sweeps/x' / row['run']) if 'val/score' in r}
+        assert scores[30] is None
+        best = max(scores, key=lambda step: scores[step] or 0)
+        assert (float(row['highest val/score']), int(row['at step'])) == (scores[best], best) and best == 10
+    order = sorted(rows, key=lambda row: -float(row['highest val/score']))
+    lines = [line for line in result.out.splitlines() if line.startswith('| ') and 'learning_rate=' in line]
+    assert '| highest val/score |' in result.out and len(lines) == 3
+    for line, row in zip(lines, order):
+        assert f'learning_rate={row["learning_rate"]},' in line and f'{float(row["highest val/score"]):.4f}' in line
+    assert ': highest val/score ' in result.out
+    assert 'A figure is the highest val/score of a run' in (tmp_path / 'sweeps/x/results.md').read_text()
+    assert (tmp_path / 'sweeps/x/comparison.png').stat().st_size > 10_000
+    again = sweep('learning_rate = [1e-4, 1e-2, 3e-3]\nhow = ["rises"]\n')
+    assert again.status == 2 and 'holds another sweep' in again.err, 'whose runs are judged by the loss'
+
+
+def test_the_lowest_of_a_figure_of_the_updates(sweep, tmp_path):
+    """Small ones are told apart; whether a run has diverged still goes by its loss."""
+    result = sweep('minimise = "z_loss"\nvariants = {"a": {"dropout": 1e-5}, "b": {"how": "worse"}}\n', '--jobs=2')
+    assert result.status == 0, result.err
+    rows = table(tmp_path / 'sweeps/x')
+    assert [(row['status'], float(row['lowest z_loss'])) for row in rows] == [('finished', 1e-5), ('diverged', 0)]
+    assert rows[0]['at step'] == '25' and rows[1]['error'].startswith('val/loss is ') and ' 1e-05 |' in result.out
+
+
+def test_a_figure_that_no_run_records(sweep, tmp_path):
+    """One line; the run stays, and with the right name the sweep goes on from it."""
+    lines = 'maximise = "val/scor"\nn_embd = [32]\n'
+    result = sweep(lines)
+    assert result.status == 2 and result.err.count('\n') == 1, result.err
+    assert 'run 001-n_embd=32-1337' in result.err and 'figure val/scor,' in result.err and 'val/score' in result.err
+    assert [path.parent.name for path in tmp_path.glob('sweeps/x/*/metrics.jsonl')] == ['001-n_embd=32-1337']
+    assert not list(tmp_path.glob('sweeps/x/*/result.json'))
+    assert sweep(lines.replace('scor"', 'score"')).status == 0
+    assert [path.read_text().split()[::2] for path in sorted(tmp_path.glob('sweeps/x/*/begins'))] == [
+        ['auto', 'resume']]
+
+
+def test_a_sweep_of_before_figures_could_be_maximised(sweep, tmp_path):
+    """Its sweep.json has no maximise, and its results call the best the lowest."""
+    assert sweep('n_embd = [32]\n').status == 0
+    before = table(tmp_path / 'sweeps/x')
+    identity = json.loads((tmp_path / 'sweeps/x/sweep.json').read_text())
+    assert identity.pop('maximise') == '' and identity['minimise'] == 'val/loss'
+    (tmp_path / 'sweeps/x/sweep.json').write_text(json.dumps(identity))
+    for path in tmp_path.glob('sweeps/x/*/result.json'):
+        path.write_text(path.read_text().replace('"best"', '"lowest"'))
+    result = sweep('n_embd = [32]\n', '--seeds=2')
+    assert result.status == 0 and '1 were made before' in result.out, result.err
+    assert [row for row in table(tmp_path / 'sweeps/x') if row['seed'] == '1337'] == before
+
+
+def test_threads_and_gpus(sweep, project, tmp_path):
     environment = lambda: [json.loads(p.read_text()) for p in sorted(tmp_path.glob('sweeps/x/*/environment'))]
     env = {k: v for k, v in os.environ.items() if k not in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')}
     (tmp_path / 'x.py').write_text('seeds = 2\n')
-    subprocess.run([sys.executable, house / 'sweep.py', 'x.py', '--jobs=2'], cwd=tmp_path, env=env, check=True,
+    subprocess.run([sys.executable, project / 'sweep.py', 'x.py', '--jobs=2'], cwd=tmp_path, env=env, check=True,
                    capture_output=True)
     assert [e['OMP_NUM_THREADS'] for e in environment()] == [str(max(1, trials.cores() // 2))] * 2
     shutil.rmtree(tmp_path / 'sweeps')
@@ -469,10 +532,10 @@ def test_threads_and_gpus(sweep, house, tmp_path):
 
 
 @pytest.mark.parametrize('word', ['SIGTERM', 'SIGINT'])
-def test_told_to_stop(sweep, house, tmp_path, word):
+def test_told_to_stop(sweep, project, tmp_path, word):
     lines = 'n_embd = [32, 64, 96]\npace = 0.02\n'
     (tmp_path / 'x.py').write_text(lines)
-    process = subprocess.Popen([sys.executable, str(house / 'sweep.py'), 'x.py', '--jobs=2'], cwd=tmp_path, text=True,
+    process = subprocess.Popen([sys.executable, str(project / 'sweep.py'), 'x.py', '--jobs=2'], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(lambda: len(list(tmp_path.glob('sweeps/x/*/ckpt.pt'))) == 2)
     left = children(process.pid)
@@ -545,16 +608,16 @@ def test_a_full_disk(sweep, tmp_path):
     assert ', comparison.png' not in result.out and len(table(tmp_path / 'sweeps/x')) == 2
 
 
-def test_a_folder_in_which_another_process_writes(sweep, house, tmp_path):
+def test_a_folder_in_which_another_process_writes(sweep, project, tmp_path):
     fcntl = pytest.importorskip('fcntl')
     (tmp_path / 'x.py').write_text('n_embd = [32]\n')
     name = '001-n_embd=32-1337'
     (tmp_path / 'sweeps/x' / name).mkdir(parents=True)
     (tmp_path / 'sweeps/x/sweep.json').write_text(
-        json.dumps(a_sweep(tmp_path, 'n_embd = [32]\n', house / 'train.py').identity()))
+        json.dumps(a_sweep(tmp_path, 'n_embd = [32]\n', project / 'train.py').identity()))
     with open(tmp_path / 'sweeps/x' / name / '.lock', 'w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        process = subprocess.Popen([sys.executable, str(house / 'sweep.py'), 'x.py'], cwd=tmp_path, text=True,
+        process = subprocess.Popen([sys.executable, str(project / 'sweep.py'), 'x.py'], cwd=tmp_path, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         wait = [process.stdout.readline() for _ in range(2)]
         time.sleep(0.5)
@@ -564,10 +627,10 @@ def test_a_folder_in_which_another_process_writes(sweep, house, tmp_path):
     assert process.returncode == 0 and 'waits' not in out
 
 
-def test_one_sweep_at_a_time_in_a_folder(sweep, house, tmp_path):
+def test_one_sweep_at_a_time_in_a_folder(sweep, project, tmp_path):
     lines = 'n_embd = [32, 64]\npace = 0.05\n'
     (tmp_path / 'x.py').write_text(lines)
-    process = subprocess.Popen([sys.executable, str(house / 'sweep.py'), 'x.py'], cwd=tmp_path,
+    process = subprocess.Popen([sys.executable, str(project / 'sweep.py'), 'x.py'], cwd=tmp_path,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: list(tmp_path.glob('sweeps/x/*/begins')))
     result = sweep(lines)
@@ -597,12 +660,12 @@ def test_bayes_prunes_and_comes_near(sweep, tmp_path):
     assert sweep(BAYES, '--max_runs=13').status == 0 and len(table(tmp_path / 'sweeps/x')) == 13
 
 
-def test_bayes_goes_on_after_a_kill(sweep, house, tmp_path):
+def test_bayes_goes_on_after_a_kill(sweep, project, tmp_path):
     """With the set-ups that it would have had."""
     pytest.importorskip('optuna')
     lines = BAYES.replace('eval_interval = 2', 'eval_interval = 40').replace('12', '7')
     (tmp_path / 'x.py').write_text(lines)
-    process = subprocess.Popen([sys.executable, str(house / 'sweep.py'), 'x.py'], cwd=tmp_path,
+    process = subprocess.Popen([sys.executable, str(project / 'sweep.py'), 'x.py'], cwd=tmp_path,
                                stdout=subprocess.DEVNULL)
     wait_for(lambda: (list(tmp_path.glob('sweeps/x/006-*/begins'))))
     process.kill()
@@ -620,7 +683,7 @@ def a_study(tmp_path, lines, results=()):
 
 
 def finished(study, run, loss):
-    return study.next_of(run.number, {(run.number, run.seed): {'status': 'finished', 'lowest': loss}})
+    return study.next_of(run.number, {(run.number, run.seed): {'status': 'finished', 'best': loss}})
 
 
 def test_bayes_hears_nothing_of_step_0(tmp_path):
@@ -633,6 +696,22 @@ def test_bayes_hears_nothing_of_step_0(tmp_path):
     assert not study.is_hopeless(run) and study.study.trials[0].intermediate_values == {10: 3.0}
     study.study = None
     assert not study.is_hopeless(run), 'where there is nothing new nobody is asked'
+
+
+def test_bayes_looks_for_the_highest(tmp_path):
+    """Optuna knows the direction; of a figure that each update has it hears the best since the last evaluation."""
+    pytest.importorskip('optuna')
+    study = a_study(tmp_path, 'learning_rate = log_uniform(1e-4, 1e-3)\nmin_lr = 0.0\nmaximise = "score"')
+    assert study.study.direction.name == 'MAXIMIZE'
+    run, = study.ask()
+    for step in range(21):
+        if step % 10 == 0:
+            run.history.add(step, {'val/loss': 3.0})
+            assert not study.is_hopeless(run)
+        run.history.add(step, {'score': math.nan if step == 5 else float(step % 10)})
+    assert study.study.trials[0].intermediate_values == {10: 9.0, 20: 9.0}
+    assert study.next_of(1, {(1, run.seed): {'status': 'finished', 'best': None}}) == [], 'all of it was NaN'
+    assert study.study.trials[0].state.name == 'PRUNED'
 
 
 def test_bayes_makes_no_point_twice(tmp_path):
@@ -698,6 +777,8 @@ def test_wandb_config(tmp_path):
                               'max_iters = 7')
     config = searches.wandb_config(sweep, 'x', tmp_path / 'a b', ROOT / 'train.py')
     assert config['metric'] == {'name': 'val/loss', 'goal': 'minimize'} and config['method'] == 'random'
+    other = searches.wandb_config(a_sweep(tmp_path, 'maximise = "a"'), 'x', tmp_path, ROOT / 'train.py')
+    assert other['metric'] == {'name': 'a', 'goal': 'maximize'}
     assert config['parameters'] == {
         'seed': {'values': [1337, 1338]}, 'batch_size': {'values': [1, 2]},
         'learning_rate': {'distribution': 'log_uniform_values', 'min': 1e-4, 'max': 1e-3},

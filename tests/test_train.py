@@ -209,10 +209,10 @@ def test_a_full_disk_stops_no_training(hooked, tiny):
     assert not [p.name for p in (tiny / 'checkpoints').iterdir() if '.pt' in p.name]
 
 
-@pytest.mark.parametrize('errand', ['--dry_run', '--eval_only'])
-def test_errands_write_nothing(train, tiny, errand):
+@pytest.mark.parametrize('setting', ['--dry_run', '--eval_only'])
+def test_a_launch_that_does_not_train_writes_nothing(train, tiny, setting):
     before = sorted(tiny.rglob('*'))
-    result = train(errand)
+    result = train(setting)
     assert result.status == 0, result.err
     assert sorted(tiny.rglob('*')) == before
 
@@ -276,7 +276,7 @@ def test_a_run_is_reproducible(train):
 
 
 def test_it_runs_from_anywhere(run, tmp_path):
-    """A config file of the house, from a folder that has none; its data is looked for here first."""
+    """A config file of the repository, from a folder that has none; its data is looked for here first."""
     (tmp_path / 'data').mkdir()
     result = run('train.py', 'config/train_shakespeare_char.py', '--dataset=nothing_like_it')
     assert result.status == 2 and 'nothing_like_it' in result.err

@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from conftest import ROOT, TINY, fetch, hooked_script, losses, records, some_tex
 from kit.data import readers
 from kit.learn import gradients
 from kit.run import nan_hunt
-from kit.watch import evaluation, runlogs
+from kit.watch import evaluation, inside, runlogs
 from model import GPT, GPTConfig
 
 
@@ -89,7 +90,8 @@ def test_attention_is_that_of_the_model(model):
     for block in model.transformer.h:
         block.attn.c_attn.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
         block.attn.c_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    maps = evaluation.attention(model, idx)
+    model(idx[None])
+    seen, maps = [*seen], inside.attention(model, idx)  # which runs c_attn once more
     assert maps.shape == (3, 2, 16, 16) and np.allclose(maps.sum(-1), 1, atol=1e-5)
     assert np.allclose(np.triu(maps, 1), 0)
     for layer in range(3):
@@ -173,6 +175,106 @@ def test_tensorboard_has_every_tag_of_the_contract(train, tiny):
             step: pytest.approx(r[name], rel=1e-6) for step, r in in_log.items()}, tag
     assert [e.step for e in found.Scalars('Loss/val')] == [0, 20, 40, 50]
     assert [e.step for e in found.Histograms(f'Gradients/{names[0]}')] == [0, 20, 40]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures of a researcher's own
+
+OWN = """
+import math, numpy as np, torch
+from kit.watch import journal
+old = journal.Journal.update
+weight, running = torch.tensor(2.0, requires_grad=True), torch.tensor(0.0)
+def update(self, step, figures):
+    running.add_(1)  # where it lies; what was handed over before stays as it was
+    figures |= {'z_loss': weight * step, 'attention/entropy': torch.tensor(0.1, dtype=torch.float64),
+                'half': torch.tensor(step / 4, dtype=torch.bfloat16), 'count': torch.tensor(2**40 + step),
+                'is_odd': torch.tensor(step % 2 == 1), 'numpy': np.float32(0.25), 'plain': 3, 'running': running}
+    if step % 3 == 0:
+        figures['seldom'] = torch.tensor(math.nan if step == 3 else 0.5)
+    old(self, step, figures)
+journal.Journal.update = update
+"""
+
+
+def own_figures(step):
+    """What OWN has put into the record of a step."""
+    seldom = {} if step % 3 else {'seldom': None if step == 3 else 0.5}
+    return {'z_loss': 2 * step, 'attention/entropy': 0.1, 'half': step / 4, 'count': 2**40 + step, 'plain': 3,
+            'is_odd': step % 2, 'numpy': 0.25, 'running': step + 1} | seldom
+
+
+def test_figures_of_ones_own(hooked, trained, tiny):
+    """In the records and in TensorBoard; what each run records is bit for bit what it was."""
+    result = hooked(OWN, '--out_dir=own', '--tensorboard=True', '--log_interval=4')
+    assert result.status == 0 and 'WARNING' not in result.out, result.err
+    updates = {r['step']: r for r in records(tiny / 'own') if 'loss' in r}
+    for r in records(trained):
+        if 'loss' in r:
+            known = {name: r[name] for name in ('loss', 'grad_norm', 'lr')}
+            mine = {name: updates[r['step']][name] for name in [*own_figures(r['step']), *known]}
+            assert mine == own_figures(r['step']) | known
+            assert ('seldom' in updates[r['step']]) == (r['step'] % 3 == 0)
+    folder, = (tiny / 'runs').iterdir()
+    found = events(folder)
+    for name in 'z_loss', 'attention/entropy', 'half', 'is_odd', 'running':
+        assert [(e.step, e.value) for e in found.Scalars(name)] == [
+            (step, pytest.approx(own_figures(step)[name])) for step in range(10)], name
+    assert [e.step for e in found.Scalars('seldom')] == [0, 3, 6, 9] and math.isnan(found.Scalars('seldom')[1].value)
+
+
+@pytest.fixture
+def journal(tmp_path, monkeypatch):
+    from kit.watch.journal import Journal
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)  # to be given back
+    journal = Journal()
+    journal.open(tmp_path / 'run', {'log_interval': 9, 'grad_clip': 1.0, 'wandb_run_name': '', 'tensorboard': False,
+                                    'wandb_log': False}, {})
+    return journal
+
+
+@pytest.mark.parametrize('name, value, words', [
+    ('z_loss', torch.zeros(3), r'z_loss is a tensor of shape \(3,\); a figure is one number: take its mean\(\)'),
+    ('z_loss', torch.zeros(1), r'z_loss is a tensor of shape \(1,\)'),
+    ('z_loss', torch.tensor(1j), r'z_loss is a complex tensor; .* take its abs\(\)'),
+    ('z_loss', 1j, 'z_loss is of type complex; a figure is one number'), ('z_loss', 'low', 'z_loss is of type str'),
+    ('z_loss', None, 'z_loss is of type NoneType'), ('z_loss', np.zeros(2), 'z_loss is of type ndarray'),
+    ('step', 1.0, "'step' cannot be the name"), ('time', torch.tensor(1.0), "'time' cannot"), (3, 1.0, '3 cannot'),
+    ('', 1.0, "'' cannot")])
+def test_what_is_no_figure(journal, name, value, words):
+    """Refused where it is handed over, also by an evaluation, and where nothing is recorded."""
+    with pytest.raises(ValueError, match=words):
+        journal.record(0, {name: value})
+    journal.history.facts['log_interval'] = 0
+    with pytest.raises(ValueError, match=words):
+        journal.update(0, {'loss': torch.tensor(1.0), name: value})
+
+
+def test_figures_keep_no_graph_and_one_wait_is_enough(journal, tmp_path, monkeypatch):
+    waits = []
+    for name in 'tolist', 'item', '__float__':
+        old = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, old=old: (waits.append(1), old(self))[1])
+    weight = torch.ones(3, requires_grad=True)
+    for step in range(5):
+        loss = weight.sum()
+        journal.update(step, {'loss': loss, 'z': loss.double() / 7, 'n': loss.long(), 'x': 0.5}
+                       | ({'grad_norm': loss} if step > 2 else {}))
+        graph = weakref.ref(loss)
+        del loss
+        assert graph() is None and not waits
+    journal.read({'mfu': 0.5})
+    assert len(waits) == 1
+    found = records(tmp_path / 'run')
+    assert [(r['loss'], r['z'], r['n'], r['x']) for r in found] == [(3.0, 3 / 7, 3, 0.5)] * 5
+    assert ['grad_norm' in r for r in found] == [False] * 3 + [True] * 2 and found[-1]['clip_rate'] == 1
+    journal.record(5, {'val/loss': torch.tensor(2.0), 'val/f1': np.float64(0.5)})
+    assert {name: records(tmp_path / 'run')[-1][name] for name in ('val/loss', 'val/f1')} == {
+        'val/loss': 2.0, 'val/f1': 0.5}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# watching as such
 
 
 def test_watching_without_iter_lines(train, tiny):
@@ -281,11 +383,11 @@ def wandb_records(path):
             parts = b''
 
 
-def test_wandb_offline(train, tiny):
+def test_wandb_offline(hooked, train, tiny):
     """All of it without a network or an account; wandb finds the run again, and a resume keeps its id."""
     pytest.importorskip('wandb')
     env = {'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true', 'WANDB_DIR': str(tiny)}
-    result = train('--wandb_log', '--wandb_project=some', '--wandb_run_name=mine', env=env)
+    result = hooked(OWN, '--wandb_log', '--wandb_project=some', '--wandb_run_name=mine', env=env)
     assert result.status == 0, result.err
     log, = (tiny / 'wandb').glob('offline-run-*/run-*.wandb')
     listed = subprocess.run([sys.executable, '-m', 'wandb', 'sync', '--dry-run', '--yes'], cwd=tiny, text=True,
@@ -301,6 +403,8 @@ def test_wandb_offline(train, tiny):
             for record in found['history']]
     in_log = {r['step']: r['loss'] for r in records(tiny / 'checkpoints') if 'loss' in r}
     assert {int(row['step']): float(row['loss']) for row in rows if 'loss' in row} == in_log
+    assert {int(row['step']): float(row['z_loss']) for row in rows if 'z_loss' in row} == {
+        step: 2 * step for step in in_log}
     keys = {key.split('.')[0] for row in rows for key in row}
     assert {'val/loss', 'grad_norm', 'clip_rate', 'iter', 'Samples', 'Attention', 'Loss_curve', 'Tokens',
             'gradients/transformer', 'parameters/transformer'} <= keys

@@ -343,7 +343,7 @@ def check_names(word, namespace, assigned, known):
 
 
 def execute(word, names, kind='config'):
-    """Run a file of a user's own, from here or from the house, with these names: its namespace, what it assigns."""
+    """Run a file of a user's own, from here or from the repository, with these names: its namespace, what it assigns."""
     path = Path(word)
     if not path.exists() and (ROOT / path).exists():
         path = ROOT / path
@@ -357,7 +357,7 @@ def execute(word, names, kind='config'):
         fail(f'{word}: there is no such {kind} file{nearest(word, known)}')
     except SyntaxError as error:
         fail(f'{word}, line {error.lineno}: {error.msg}')
-    except (Exception, SystemExit) as error:  # whatever their own code does wrong is theirs to mend
+    except (Exception, SystemExit) as error:  # whatever their own code does wrong is theirs to fix
         if isinstance(error, SystemExit) and error.code == 2:  # a fail() of ours, which has told it
             raise
         fail(f'{word}: {type(error).__name__}: {error}')

@@ -1,5 +1,5 @@
 """
-Several processes as one run: what torchrun started, wrapped and summed. The one room that knows torch.distributed.
+Several processes as one run: what torchrun started, wrapped and summed. The one module that knows torch.distributed.
 
 $ torchrun --standalone --nproc_per_node=4 train.py
 
@@ -40,7 +40,7 @@ def wait():
 
 
 def wrap(model, device):
-    """The model with its gradients averaged over the processes (DDP). FSDP comes in through this door too."""
+    """The model with its gradients averaged over the processes (DDP). FSDP would belong here too."""
     if world_size == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel

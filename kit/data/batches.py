@@ -160,20 +160,20 @@ def pack(ends, block_size):
                 wait(start + length - rest, rest)
                 total += rest
         while total >= block_size or total and last >= len(ends):
-            row, room = [], min(block_size, total)
-            total -= room
-            while room:
-                if fitting := sizes & ((2 << room) - 1):
+            row, space = [], min(block_size, total)
+            total -= space
+            while space:
+                if fitting := sizes & ((2 << space) - 1):
                     length = fitting.bit_length() - 1
                     row.append((take(length), length))
                 else:
-                    longer = sizes >> room
-                    length = room + (longer & -longer).bit_length() - 1
+                    longer = sizes >> space
+                    length = space + (longer & -longer).bit_length() - 1
                     start = take(length)
-                    row.append((start, room))
-                    wait(start + room, length - room)
-                    length = room
-                room -= length
+                    row.append((start, space))
+                    wait(start + space, length - space)
+                    length = space
+                space -= length
             rows_here.append(row)
         rows_here.sort(key=lambda row: (sum(length for _, length in row) < block_size, row[0]))  # the short one last
         rows += rows_here

@@ -58,8 +58,8 @@ def load_encoding(name):
             if description['kind'] != 'bpe':
                 fail(f'tokenizer = {name!r}: this dataset is by {description["kind"]}; only a BPE can be taken over')
             return tokens.tokenizer(description).encoding
-        fail(f'tokenizer = {name!r}: it is char, byte, bpe, one of {", ".join(tiktoken.list_encoding_names())}, or '
-             'the name of a dataset, whose BPE is taken over')
+        fail(f'tokenizer = {name!r}: it is {", ".join(tokens.KINDS)}, one of '
+             f'{", ".join(tiktoken.list_encoding_names())}, or the name of a dataset, whose BPE is taken over')
     try:
         return tokens.tiktoken_encoding(name)
     except OSError as error:
@@ -73,6 +73,10 @@ def tokenizer(name, vocab_size, part, read):
         return partial(encode_units, codec='utf-32-le', unit=np.uint32, end=CODE_END), CODE_END, np.uint32, None
     if name == 'byte':
         return partial(encode_units, codec='utf-8', unit=np.uint8, end=256), 256, np.uint16, {'kind': 'byte'}
+    if name in tokens.KINDS and name != 'bpe':  # any other that is the same for all texts
+        text = tokens.tokenizer({'kind': name})
+        end, dtype = text.encode(tokens.END)[0], np.uint16 if text.size <= 2**16 else np.uint32
+        return partial(tokens.encode_batch, tokenizer=text, end=end, dtype=dtype), end, dtype, {'kind': name}
     if (part / 'tokenizer.json').is_file():
         description = json.loads((part / 'tokenizer.json').read_text(encoding='utf-8'))
     else:
@@ -299,7 +303,7 @@ def make(folder, job, read, total=None, unit='B', overwrite=False):
             encode_all(part, job, progress, read, total, unit)
             lay_out(part, job, progress)
         install(part / 'done', folder, progress['install'])
-    except SystemExit:  # the text has to be mended, and is then another
+    except SystemExit:  # the text has to be corrected, and is then another
         abandon(part)
         raise
     except OSError as error:

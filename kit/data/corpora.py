@@ -82,7 +82,7 @@ def prepare(name, source='', tokenizer='', overwrite=False, *, vocab_size=4096, 
         require('datasets', name)
         job |= {'input': 'hf:Skylion007/openwebtext', 'counts': [1998, 1, 1], 'seed': None}
         announce_openwebtext(folder)
-    if tokenizer not in ('char', 'byte', 'bpe'):
+    if tokenizer not in tokens.KINDS:
         bins.load_encoding(tokenizer)  # before any work begins
     if source == '-':
         sources = [bins.spool(folder)]
@@ -121,7 +121,7 @@ def announce_openwebtext(folder):
     free = shutil.disk_usage(folder).free
     print(f'openwebtext: 9 billion tokens take 18 GB in {folder} ({free / 1e9:.0f} GB are free) and some hours')
     if free < 18e9:
-        print('openwebtext: the disk will not hold all of it; free some room, and the same command goes on')
+        print('openwebtext: the disk will not hold all of it; free some space, and the same command goes on')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -211,13 +211,13 @@ def pick(rows, keys, place):
 
 def fail_missing(where, row, keys):
     if keys == PAIR_KEYS:
-        mend = 'a pair has the keys prompt and response'
+        remedy = 'a pair has the keys prompt and response'
     elif row.keys() >= set(PAIR_KEYS):
-        mend = '--pairs makes pairs of prompt and response'
+        remedy = '--pairs makes pairs of prompt and response'
     else:
-        mend = f'--text_key={next(iter(row), "KEY")} takes another'
+        remedy = f'--text_key={next(iter(row), "KEY")} takes another'
     key = next(key for key in keys if key not in row)
-    fail(f'{where}: there is no {key}, only {", ".join(map(str, row)) or "nothing"}; {mend}')
+    fail(f'{where}: there is no {key}, only {", ".join(map(str, row)) or "nothing"}; {remedy}')
 
 
 def json_rows(path, errors, bar):

@@ -80,18 +80,35 @@ class BPETokenizer:
         return self.encoding.decode_bytes(ids)
 
 
-def tokenizer(description):
-    """The tokenizer that meta['tokenizer'] describes. Raises OSError where it had to be downloaded and could not."""
-    if description['kind'] == 'char':
-        return CharTokenizer(description['chars'])
-    if description['kind'] == 'byte':
-        return ByteTokenizer()
+def bpe(description):
+    """Raises OSError where it had to be downloaded and could not."""
     if 'ranks' not in description:  # a nanoGPT folder or checkpoint: all that is known is the name
         return BPETokenizer(tiktoken_encoding(description['name']))
     import tiktoken
     ranks = {base64.b64decode(token): rank for rank, token in enumerate(description['ranks'].split('\n')) if token}
     return BPETokenizer(tiktoken.Encoding(description['name'], pat_str=description['pattern'], mergeable_ranks=ranks,
                                           special_tokens=description['special']))
+
+
+# the kinds of tokenizers, and how each is made of what meta['tokenizer'] says
+KINDS = {
+    'char': lambda description: CharTokenizer(description['chars']),
+    'byte': lambda description: ByteTokenizer(),
+    'bpe': bpe,
+}
+
+
+def tokenizer(description):
+    """The tokenizer that meta['tokenizer'] describes. Raises OSError where it had to be downloaded and could not."""
+    return KINDS[description['kind']](description)
+
+
+def encode_batch(batch, tokenizer, end, dtype):
+    """[(text, whether a document ends)] -> the ids of all, with END's id behind each document, and nowhere else."""
+    ids = []
+    for text, is_end in batch:
+        ids += [i for i in tokenizer.encode(text) if i != end] + [end] * is_end
+    return np.array(ids, dtype)
 
 
 def decode(tokens, ids):
@@ -164,7 +181,7 @@ GPT2 = {'vocab_size': 50257, 'tokenizer': {'kind': 'bpe', 'name': 'gpt2'}, 'end_
 
 
 def dataset_folder(name):
-    """data/<name> of the working directory if it is there, else that of the house."""
+    """data/<name> of the working directory if it is there, else that of the repository."""
     here = Path('data') / name
     return here if here.is_dir() else ROOT / 'data' / name
 
@@ -215,7 +232,7 @@ def read_split(paths, meta, block_size):
 
 
 class Shards:
-    """Several arrays of ids as one, with what this house asks of an array: its length, slices, arrays of places."""
+    """Several arrays of ids as one, with what is asked of one here: its length, slices, arrays of places."""
 
     def __init__(self, parts):
         self.parts, self.dtype = parts, parts[0].dtype
@@ -272,7 +289,7 @@ def check_meta(meta):
     for entry in meta.get('files', {}).values():
         int(entry['tokens']), str(entry['sha256'])
     kind = meta['tokenizer']['kind']
-    if kind not in ('char', 'byte', 'bpe'):
+    if kind not in KINDS:
         raise ValueError(f'its tokenizer is of kind {kind!r}')
     if kind == 'char' and len(''.join(meta['tokenizer']['chars'])) < meta['vocab_size']:
         raise ValueError('it has fewer characters than ids')

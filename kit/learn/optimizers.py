@@ -1,6 +1,11 @@
-"""The optimizer of a model: which parameters decay, and AdamW in its fused form."""
+"""The optimizer of a model, which parameters decay, and a step that is left out where a number is not finite."""
+
+import inspect
+from functools import cache
 
 import torch
+
+from kit.base.overrides import fail
 
 
 def adamw(model, weight_decay, learning_rate, betas):
@@ -17,16 +22,32 @@ def adamw(model, weight_decay, learning_rate, betas):
 def step(optimizer, is_good):
     """
     Update the weights, unless is_good, a 0-dim bool on their device, is False: then neither the weights nor the
-    moments nor their step counts move. The fused kernel reads it on the device, so that the host need not wait.
+    moments nor their step counts move. Fused kernels read it on the device; for other optimizers the host waits for it.
     """
-    if is_good.device.type == 'mps':  # where found_inf could not be tried
-        return optimizer.step() if is_good else None
-    optimizer.found_inf = (~is_good).float()
-    optimizer.step()
+    if takes_verdict(optimizer, is_good.device):
+        optimizer.found_inf = (~is_good).float()
+        optimizer.step()
+        return
+    tell_of_waiting(type(optimizer))
+    if is_good:
+        optimizer.step()
 
 
-def restore(optimizer, state):
-    """Load a saved state. What the settings say of decay and betas goes before what the state says."""
-    for saved, mine in zip(state['param_groups'], optimizer.param_groups):
-        saved.update({key: mine[key] for key in ('weight_decay', 'betas', 'fused')})
-    optimizer.load_state_dict(state)
+def takes_verdict(optimizer, device):
+    """Whether the optimizer itself leaves a bad step out, by its attribute found_inf."""
+    kind = type(optimizer)
+    return (getattr(optimizer, '_step_supports_amp_scaling', False)
+            and device.type != 'mps'  # where it could not be tried
+            and kind is not torch.optim.SGD  # after a bad first step its kernel leaves the momentum unset
+            and kind.step.__module__.startswith('torch.optim'))  # a step written around torch's may do more
+
+
+@cache  # once
+def tell_of_waiting(kind):
+    """Say that each step waits for the device; end the script where the optimizer wants what it cannot have."""
+    closure = inspect.signature(kind.step).parameters.get('closure')
+    if closure and closure.default is inspect.Parameter.empty:
+        fail(f'{kind.__name__} computes the loss several times in a step (closure), which train.py cannot do; '
+             'choose another optimizer in kit/learn/optimizers.py')
+    print(f'{kind.__name__} cannot skip a bad step on the device: the host waits in each step until it knows that the '
+          'loss and the gradient are finite')

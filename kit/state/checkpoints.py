@@ -26,7 +26,7 @@ import torch
 from kit.base import ranks
 from kit.base.overrides import fail
 from kit.data.tokens import check_meta, is_same_tokenizer
-from kit.learn import optimizers
+from kit.learn import optimizer_state
 
 
 class Damaged(Exception):
@@ -419,9 +419,7 @@ def check_form(checkpoint, resume):
         raise ValueError(f'its iter_num is {checkpoint["iter_num"]}')
     if resume:
         float(checkpoint['best_val_loss'])
-        dict(checkpoint['optimizer']['state'])
-        if not checkpoint['optimizer']['param_groups']:
-            raise ValueError('its optimizer has no parameters')
+        dict(checkpoint['optimizer'])
         if checkpoint.get('rewinds', 0) < 0 or len(checkpoint.get('bad_steps', [0, 0])) != 2:
             raise ValueError('its count of bad steps is none')
         for name in 'val_losses', 'recent_norms':
@@ -497,7 +495,7 @@ def restore(saved, model, optimizer, scaler):
     """Put the objects of a training back to where a checkpoint has them. nanoGPT's have fewer."""
     fill(model, saved['model'])
     try:
-        optimizers.restore(optimizer, saved['optimizer'])
+        optimizer_state.restore(optimizer, saved['optimizer'])
         if saved.get('scaler') and scaler.is_enabled():  # empty where the loss was not scaled
             scaler.load_state_dict(saved['scaler'])
         restore_random_states(saved.get('random_states'))

@@ -42,6 +42,7 @@ class Study:
         path = folder.resolve() / 'study.db'
         try:
             self.study = optuna.create_study(storage=f'sqlite:///{path}', study_name='sweep', load_if_exists=True,
+                                             direction='maximize' if sweep.maximise else 'minimize',
                                              pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNE_FROM))
             there, made = len(self.study.trials), max((number for number, _ in results), default=0)
         except Exception as error:  # of SQLite, SQLAlchemy or Optuna
@@ -106,24 +107,30 @@ class Study:
         if kinds <= {'finished'} and left:
             return [new_run(self.folder, number, point, left[0])]
         if not trial.state.is_finished():
-            if kinds == {'finished'}:
-                self.study.tell(number - 1, float(np.mean([result['lowest'] for result in mine.values()])))
+            best = [result['best'] for result in mine.values()]
+            if kinds == {'finished'} and None not in best:
+                self.study.tell(number - 1, float(np.mean(best)))
             else:  # that it diverged is worth knowing, that it crashed says nothing
                 self.study.tell(number - 1, state=states.FAIL if 'crashed' in kinds else states.PRUNED)
         return []
 
     def is_hopeless(self, run):
         """Whether the running trial of a set-up, going by its first seed, is not worth its further steps."""
-        steps, values = run.history.get(self.sweep.minimise)
-        if run.seed != self.sweep.seeds[0] or not (steps > run.judged_at).any():
+        evaluated = run.history.get('val/loss')[0]  # other runs have been judged at the same steps
+        if run.seed != self.sweep.seeds[0] or not (evaluated > run.judged_at).any():
             return False
-        trial, run.judged_at = self.study.trials[run.number - 1], int(steps[-1])
+        trial, run.judged_at = self.study.trials[run.number - 1], int(evaluated[-1])
         if trial.state.is_finished():
             return False
         told = max(trial.intermediate_values, default=0)  # step 0 is a new model, and no sign of what becomes of it
         live = self.optuna.trial.Trial(self.study, trial._trial_id)
-        for step, value in zip(steps[steps > told].tolist(), values[steps > told].tolist()):
-            live.report(value, step)  # TPE and the pruners know what to think of a NaN
+        steps, values = run.history.get(self.sweep.metric)
+        for step in evaluated[evaluated > told].tolist():
+            since = values[(steps > told) & (steps <= step)]  # of a figure that each update has, the best of them
+            since = since[np.isfinite(since)] if np.isfinite(since).any() else since
+            told = step
+            if len(since):  # TPE and the pruners know what to think of a NaN
+                live.report(float(since.max() if self.sweep.maximise else since.min()), step)
             if live.should_prune():
                 return True
         return False
@@ -150,7 +157,8 @@ def wandb_config(sweep, name, folder, script):
     words = [*sweep.words, *(f'--{key}={value}' for key, value in sweep.fixed.items()), '--wandb_log']
     shell = f'exec "$0" "$@" --out_dir={shlex.quote(str(Path(folder).resolve()))}/"$WANDB_RUN_ID"'
     return {'name': name, 'description': sweep.description, 'program': str(script), 'method': sweep.method,
-            'metric': {'name': sweep.minimise, 'goal': 'minimize'}, 'parameters': parameters,
+            'metric': {'name': sweep.metric, 'goal': 'maximize' if sweep.maximise else 'minimize'},
+            'parameters': parameters,
             'command': ['/bin/sh', '-c', shell, sys.executable, str(script), *words, '${args}']}
 
 

@@ -1,11 +1,11 @@
 """
-Many runs of train.py as one sweep: a file says which, each is a process of its own, and a table says what came of them.
+Many runs of train.py as one sweep: a file says which, each is a process of its own. What came of them is in tables.py.
 
 All that a sweep must know is in its folder: sweep.json, what it is; a folder for each run, with result.json once the
 run has ended; study.db, what Optuna knows. So a sweep can be killed at any moment and goes on.
 """
 
-import csv
+import difflib
 import io
 import itertools
 import json
@@ -29,17 +29,17 @@ from tqdm import tqdm
 from kit.base import overrides
 from kit.learn import schedules
 from kit.state import checkpoints
-from kit.watch import runlogs
+from kit.watch import curves, runlogs
 from kit.watch.diagnosis import History
 
-OWN = {'config': '', 'variants': {}, 'method': 'grid', 'seeds': 1, 'max_runs': 0, 'minimise': 'val/loss'}
+OWN = {'config': '', 'variants': {}, 'method': 'grid', 'seeds': 1, 'max_runs': 0, 'minimise': 'val/loss',
+       'maximise': ''}
 METHODS = 'grid', 'random', 'bayes'
-METRICS = 'val/loss', 'train/loss'  # what an evaluation measures that is the better the lower
+LOSSES = 'val/loss', 'train/loss'  # of an evaluation
 RESERVED = {'out_dir': 'the runs get folders in that of the sweep, which is --out_dir of sweep.py',
             'seed': 'a sweep has seeds = 3, or seeds = [1, 2]'}
-ERRANDS = 'dry_run', 'eval_only', 'test', 'checkpoint', 'inspect_step', 'find_lr'  # with them train.py trains nothing
+TRAINS_NOT = 'dry_run', 'eval_only', 'test', 'checkpoint', 'inspect_step', 'find_lr'  # launches that do not train
 SEED = 1337  # of what random and bayes draw
-CURVES = 12  # that one picture can show
 # run by the child before train.py: the system tells it to stop when the sweep's process is gone, however that ended
 TIED = ('import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n'
         'if os.getppid() == int(sys.argv[1]): os.execv(sys.executable, [sys.executable, *sys.argv[2:]])')
@@ -95,10 +95,20 @@ class Sweep:
     method: str
     seeds: list
     max_runs: int        # set-ups; 0 = all of a grid
-    minimise: str
+    minimise: str        # a figure of the records; '' where one is maximised
+    maximise: str
     description: str
     base: dict           # all settings of train.py, as words and fixed have them
     changed: dict        # those of them that are not the defaults of train.py
+
+    @property
+    def metric(self):
+        """The figure that the runs are judged by: of a run its best value counts."""
+        return self.maximise or self.minimise
+
+    @property
+    def extreme(self):
+        return 'highest' if self.maximise else 'lowest'
 
     def settings(self, point):
         """The settings that a point stands for."""
@@ -115,7 +125,8 @@ class Sweep:
         """What another sweep would not share. More seeds or set-ups are the same sweep."""
         return {'method': self.method, 'minimise': self.minimise, 'settings': self.changed,  # in another order of
                 'variants': [[name, settings] for name, settings in self.variants.items()],  # these the set-ups have
-                'space': [[name, str(values)] for name, values in self.space.items()]}       # other numbers
+                'space': [[name, str(values)] for name, values in self.space.items()],       # other numbers
+                'maximise': self.maximise}
 
 
 def read(word, given, script):
@@ -141,8 +152,8 @@ def read(word, given, script):
     where = lambda name, value: f'{word}: {name} = {value!r}'
     for name in [*named, *(name for some in own['variants'].values() if isinstance(some, dict) for name in some),
                  *(word[2:].partition('=')[0] for word in words if word.startswith('--')),
-                 *(name for name in ERRANDS if base.get(name) != defaults.get(name))]:  # by a config file
-        if name in RESERVED or name in ERRANDS:
+                 *(name for name in TRAINS_NOT if base.get(name) != defaults.get(name))]:  # by a config file
+        if name in RESERVED or name in TRAINS_NOT:
             overrides.fail(f'{word}: {name}: {RESERVED.get(name, "a sweep trains, and with this train.py does not")}')
     fixed, space, variants = {}, {}, {}
     for name, value in named.items():
@@ -170,8 +181,13 @@ def read(word, given, script):
     seeds = own['seeds'] if isinstance(own['seeds'], list) else list(range(first, first + own['seeds']))
     if not seeds or any(type(seed) is not int for seed in seeds):
         overrides.fail(f'{word}: seeds = {own["seeds"]!r}: a number from 1 on, or a list of whole numbers')
+    if own['maximise'] and 'minimise' not in assigned:
+        own['minimise'] = ''
+    if bool(own['minimise']) == bool(own['maximise']):
+        overrides.fail(f'{word}: minimise = {own["minimise"]!r} and maximise = {own["maximise"]!r}: one of them names '
+                       'a figure, the other is left out')
     sweep = Sweep(words, fixed, space, variants, own['method'], list(dict.fromkeys(seeds)), own['max_runs'],
-                  own['minimise'], (namespace.get('__doc__') or '').strip(), base | fixed,
+                  own['minimise'], own['maximise'], (namespace.get('__doc__') or '').strip(), base | fixed,
                   {name: value for name, value in (base | fixed).items() if value != defaults[name]})
     check(sweep, word, train)
     return sweep
@@ -196,9 +212,6 @@ def check(sweep, word, train):
     if sweep.method not in METHODS:
         overrides.fail(f'{word}: method = {sweep.method!r}{overrides.nearest(sweep.method, METHODS)}; it is one of '
                        f'{", ".join(METHODS)}')
-    if sweep.minimise not in METRICS:
-        overrides.fail(f'{word}: minimise = {sweep.minimise!r}: no evaluation measures that'
-                       f'{overrides.nearest(sweep.minimise, METRICS)}; it is one of {", ".join(METRICS)}')
     if sweep.method == 'bayes':
         overrides.require('optuna', 'method = bayes')
         if not sweep.axes():
@@ -320,14 +333,41 @@ def first_free(waiting):
             tqdm.write(f'waits for {run.folder.name}: another process writes there')
 
 
-def follow(run):
-    """Read what a run has recorded since the last call into its history."""
+def follow(sweep, run):
+    """Read what a run has recorded since the last call into its history; tell once that the metric is missing."""
     with suppress(OSError), open(run.folder / 'metrics.jsonl', 'rb') as file:
         file.seek(run.read_up_to)
         text = file.read()
         whole = text[:text.rfind(b'\n') + 1]  # a line may be half written
         run.read_up_to += len(whole)
         runlogs.read_metrics(io.StringIO(whole.decode('utf-8', 'replace')), run.history)
+    evaluated = run.history.get('val/loss', 1)[0]
+    if len(evaluated) and evaluated[0] > 0 and sweep.metric not in {*run.history.series, *told}:
+        told.add(sweep.metric)
+        tqdm.write(f'run {run.folder.name}: up to step {evaluated[0]} {without_metric(sweep, run.history)}; the sweep '
+                   'ends with this run where none comes')
+
+
+def without_metric(sweep, history):
+    """Words for a history in which the metric of a sweep is missing."""
+    near = difflib.get_close_matches(sweep.metric, history.series, 3, 0.0)
+    return (f'there is no figure {sweep.metric}, which the sweep goes by; the nearest in metrics.jsonl: '
+            f'{", ".join(near)}')
+
+
+def mistake(sweep, run, results):
+    """
+    Words for a mistake of the user's that a run has met when it ended, '' for none: a setting, or a metric that neither
+    its records nor any result has.
+    """
+    if run.process.returncode == 2:
+        return last_words(run.folder, 2)
+    history = History()
+    runlogs.read_records(run.folder, history)
+    if (run.process.returncode or not history.series or sweep.metric in history.series
+            or any(result['best'] is not None for result in results.values())):
+        return ''
+    return without_metric(sweep, history)
 
 
 def finish(sweep, run):
@@ -335,29 +375,31 @@ def finish(sweep, run):
     status, history = run.process.returncode, History()
     runlogs.read_records(run.folder, history)
     last = {name: values[-1] if len(values) else math.nan
-            for name in ('val/loss', 'train/loss', sweep.minimise) for values in [history.get(name)[1]]}
-    steps, values = history.get(sweep.minimise)
-    finite = np.isfinite(values)
+            for name in LOSSES for values in [history.get(name)[1]]}
+    judged = sweep.metric if sweep.metric in LOSSES else LOSSES[0]  # whether it has diverged
+    losses = history.get(judged)[1]
+    at_step, best = curves.best(history, sweep.metric, bool(sweep.maximise))
     words, facts = last_words(run.folder, status), runlogs.read_facts(run.folder)
     guess = math.log(facts.get('vocab_size', math.inf))
     if run.is_pruned and status:
         kind = 'pruned'
     elif status == 1 and words.startswith('stopped at step'):
         kind = 'diverged'
-    elif status or not len(values):
+    elif status or not len(losses):
         kind = 'crashed'
-    elif values[-1] <= max(guess, values[0]):  # a new model begins a little above a guess
-        kind = 'finished'
+    elif not losses[-1] <= max(guess, losses[0]):  # a new model begins a little above a guess
+        kind, words = 'diverged', f'{judged} is {losses[-1]:.4f} at the end, and a fair guess has {guess:.4f}'
+    elif sweep.metric not in history.series:
+        kind, words = 'crashed', without_metric(sweep, history)
     else:
-        kind, words = 'diverged', f'{sweep.minimise} is {values[-1]:.4f} at the end, and a fair guess has {guess:.4f}'
+        kind = 'finished'
     made, evaluated = history.get('loss', 1)[0], history.get('val/loss', 1)[0]
     memory = history.get('system/gpu_peak_gib')[1] if 'system/gpu_peak_gib' in history.series else \
         history.get('system/cpu_memory_gib')[1]
     number = lambda value: float(value) if math.isfinite(value) else None
     result = {
         'number': run.number, 'point': run.point, 'seed': run.seed, 'status': kind,
-        'lowest': number(values[finite].min()) if finite.any() else None,
-        'at_step': int(steps[finite][values[finite].argmin()]) if finite.any() else None,
+        'best': number(best), 'at_step': at_step if math.isfinite(best) else None,
         'val/loss': number(last['val/loss']), 'train/loss': number(last['train/loss']),
         'seconds': number(max(history.last('time', 10**9), default=math.nan)),
         'memory_gib': number(max(memory, default=math.nan)),
@@ -374,11 +416,13 @@ def seconds_left(seconds, n_left, jobs):
     return sum(seconds) / len(seconds) * n_left / max(1, min(jobs, n_left))
 
 
-def outcome(result, metric):
+def outcome(sweep, result):
     """A result in words."""
     if result['status'] in ('crashed', 'diverged'):
         return f'{result["status"]}: {result["error"]}'
-    words = f'lowest {metric} {result["lowest"]:.4f} at step {result["at_step"]}, {result["seconds"]:.0f}s'
+    words = f'no finite {sweep.metric}' if result['best'] is None else (
+        f'{sweep.extreme} {sweep.metric} {curves.in_words(result["best"])} at step {result["at_step"]}')
+    words += f', {result["seconds"]:.0f}s'
     return f'pruned after {result["steps"]} steps, {words}' if result['status'] == 'pruned' else words
 
 
@@ -444,8 +488,11 @@ def claim(sweep, folder):
     try:
         if path.exists():
             try:
-                there = json.loads(path.read_text(encoding='utf-8'))
+                there = {'maximise': ''} | json.loads(path.read_text(encoding='utf-8'))  # older ones lack it
                 other = [name for name in here if there[name] != here[name]]
+                is_turned = bool(there['maximise']) != bool(here['maximise']) and (folder / 'study.db').exists()
+                if not is_turned and not any(folder.glob('*/result.json')):  # the metric may be corrected
+                    other = [name for name in other if name not in ('minimise', 'maximise')]
             except (OSError, ValueError, KeyError, TypeError):
                 overrides.fail(f'{path} cannot be read; --out_dir=FOLDER takes another place')
             if other:
@@ -464,6 +511,8 @@ def claim(sweep, folder):
     for found in folder.glob('*/result.json'):
         with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: the run goes on from its checkpoint
             result = json.loads(found.read_text(encoding='utf-8'))
+            if 'lowest' in result:  # as it was called before a figure could be maximised
+                result['best'] = result.pop('lowest')
             results[result['number'], result['seed']] = result
     return results
 
@@ -481,99 +530,3 @@ def visible_gpus():
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what came of them
-
-
-def table(sweep, results):
-    """A row a set-up, the best first: those that diverged with some seed come after all that did not."""
-    rows = []
-    for number in sorted({number for number, _ in results}):
-        mine = [result for (n, _), result in sorted(results.items()) if n == number]
-        count = {kind: sum(result['status'] == kind for result in mine)
-                 for kind in ('finished', 'pruned', 'diverged', 'crashed')}
-        counted = [r for r in mine if r['status'] == ('finished' if count['finished'] else 'pruned')]
-        losses = [result['lowest'] for result in counted if result['lowest'] is not None]
-        seconds, memory = ([result[name] for result in mine if result[name] is not None] or [math.nan]
-                           for name in ('seconds', 'memory_gib'))
-        place = 2 if count['diverged'] else 0 if count['finished'] else 1 if count['pruned'] else 3
-        rows.append({'number': number, 'point': mine[0]['point'], 'place': place, 'count': count, 'n': len(losses),
-                     'mean': np.mean(losses or math.nan), 'seconds': np.mean(seconds), 'memory_gib': np.mean(memory),
-                     'std': np.std(losses, ddof=1) if len(losses) > 1 else math.nan})
-    return sorted(rows, key=lambda row: (row['place'], math.isnan(row['mean']), row['mean']))
-
-
-def markdown(sweep, results):
-    """The table as text: results.md, and what sweep.py prints."""
-    shown = lambda value, digits=4: '' if math.isnan(value) else f'{value:.{digits}f}'
-    head = ['', 'set-up', f'lowest {sweep.minimise}', 'std', 'n', 'pruned', 'diverged', 'crashed', 'seconds', 'GiB']
-    rows = [[str(place), label(row['point']).replace('|', r'\|'), shown(row['mean']), shown(row['std']), str(row['n']),
-             *(str(row['count'][kind] or '') for kind in ('pruned', 'diverged', 'crashed')), shown(row['seconds'], 1),
-             shown(row['memory_gib'], 2)] for place, row in enumerate(table(sweep, results), 1)]
-    told = [i for i in range(len(head)) if not rows or any(row[i] for row in rows)]  # no blank columns
-    head, rows = [head[i] for i in told], [[row[i] for i in told] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    line = lambda cells: '| ' + ' | '.join(cell.ljust(w) if i == 1 else cell.rjust(w)
-                                           for i, (cell, w) in enumerate(zip(cells, widths))) + ' |\n'
-    rule = '|' + '|'.join('-' * (w + 1) + ('-' if i == 1 else ':') for i, w in enumerate(widths)) + '|\n'
-    return line(head) + rule + ''.join(map(line, rows))
-
-
-def write_tables(sweep, folder, results):
-    """results.csv, a row a run, and results.md, a row a set-up."""
-    swept = (['variant'] if sweep.variants else []) + sweep.columns()
-    text = io.StringIO()
-    rows = csv.writer(text)
-    rows.writerow(['run', 'status', *swept, 'seed', f'lowest {sweep.minimise}', 'at step', 'last val/loss',
-                   'last train/loss', 'seconds', 'peak memory (GiB)', 'parameters', 'steps', 'tokens/s', 'sample',
-                   'error'])
-    for (number, seed), result in sorted(results.items()):
-        settings = sweep.base | result['point'] | sweep.settings(result['point'])
-        rows.writerow([new_run(folder, number, result['point'], seed).folder.name, result['status'],
-                       *(settings[name] for name in swept), seed,
-                       *(result[name] for name in ('lowest', 'at_step', 'val/loss', 'train/loss', 'seconds',
-                                                   'memory_gib', 'parameters', 'steps', 'tokens_per_second', 'sample',
-                                                   'error'))])
-    write(folder / 'results.csv', text.getvalue())
-    counts = ', '.join(f'{n} {kind}' for kind in ('finished', 'pruned', 'diverged', 'crashed')
-                       if (n := sum(result['status'] == kind for result in results.values())))
-    steps = sum(result['steps'] for result in results.values())
-    write(folder / 'results.md', f'# {folder.name}\n\n{sweep.description}\n\n'
-          f'Method {sweep.method}; {counts}; {steps:,} steps in all. A figure is the lowest {sweep.minimise} of a run, '
-          f'its mean over n seeds and their standard deviation; pruned set-ups come behind those that were finished, '
-          f'and those that diverged with some seed behind these.\n\n{markdown(sweep, results)}')
-
-
-def draw(sweep, folder, results):
-    """comparison.png: the curves of the best set-ups, each the mean over its seeds."""
-    from kit.watch import pictures
-    curves = {}
-    for row in table(sweep, results)[:CURVES]:
-        runs = [new_run(folder, row['number'], row['point'], seed) for number, seed in sorted(results)
-                if number == row['number']]
-        histories = [History(runlogs.read_facts(run.folder)) for run in runs]
-        for run, history in zip(runs, histories):
-            runlogs.read_records(run.folder, history)
-        histories = [history for history in histories if len(history.get('loss')[0]) or len(history.get('val/loss')[0])]
-        if histories:
-            name = label(row['point']) + (f' (mean of {len(histories)})' if len(histories) > 1 else '')
-            curves[name] = mean_history(histories)
-    if curves:
-        part = folder / '.comparison.part.png'
-        pictures.comparison(curves, part)
-        os.replace(part, folder / 'comparison.png')
-    return len(curves)
-
-
-def mean_history(histories):
-    """The mean of several runs, at the steps that all of them have recorded."""
-    if len(histories) == 1:
-        return histories[0]
-    mean = History(histories[0].facts)
-    for name in histories[0].series:
-        series = [dict(zip(*map(np.ndarray.tolist, history.get(name)))) for history in histories]
-        for step in sorted(set.intersection(*map(set, series))):
-            mean.add(step, {name: sum(values[step] for values in series) / len(series)})
-    return mean

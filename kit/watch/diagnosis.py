@@ -1,9 +1,10 @@
 """
-What the figures of a run say: what was seen, what it means, and the command that mends it. Floats in, words out; no
+What the figures of a run say: what was seen, what it means, and the command that fixes it. Floats in, words out; no
 torch. The thresholds stand on top, each with its reason; docs/watching.md has the runs that they were tried on.
 """
 
 import math
+import re
 from array import array
 from bisect import bisect_left, bisect_right
 
@@ -20,7 +21,7 @@ CLIPPED_TIMES = 5.0    # times grad_clip: AdamW does not mind a norm of 2 clippe
 CLIPPED_SHARE = 0.9    # but a limit that far below the norm, at nearly all updates, is a mistake
 LAYER_LOW = 1e-3       # of the median layer's norm; LayerNorm's, the smallest of the healthy ones, is 0.02
 RATIO_HIGH = 0.03      # update / weights in the blocks: 0.001 to 0.014 while a healthy rate is high,
-GAIN_RATIO_HIGH = 0.006  # and in the last LayerNorm, whose gains are 1: up to 0.002, and from 0.01 in sick runs
+GAIN_RATIO_HIGH = 0.006  # and in the last norm layer, whose gains are 1: up to 0.002, and from 0.01 in sick runs
 RATIO_LOW = 8e-4       # in the blocks at best: a 30th of a good rate has 0.0007, a 100th 0.0003
 SPIKE_SPREADS = 8.0    # median deviations above the median, 5.4 standard deviations of a normal distribution,
 SPIKE_SHARE = 0.1      # and this much above it: none in the 30 runs that were meant to be healthy
@@ -269,11 +270,11 @@ def overfitting(h):
 
 def rate_too_large(h):
     ratios = h.layers('update_ratio') if h.step() >= h.facts.get('warmup_iters', 0) else {}
-    blocks = np.median([ratio for name, ratio in ratios.items() if name.startswith('h.')] or [0])
-    gains = ratios.get('ln_f', 0)
-    if blocks > RATIO_HIGH or gains > GAIN_RATIO_HIGH:
-        return (f'an update moves the blocks by {blocks:.1%} of their weights (0.1% to 1.4% is healthy) and the gains '
-                f'of the last LayerNorm by {gains:.1%} (up to 0.2%). Little can be learned in leaps like these: '
+    blocks, gains = ([ratio for name, ratio in ratios.items() if kind(name)] for kind in (is_block, is_norm))
+    if blocks and np.median(blocks) > RATIO_HIGH or gains and gains[-1] > GAIN_RATIO_HIGH:
+        moved = [f'the blocks by {np.median(blocks):.1%} of their weights (0.1% to 1.4% is healthy)'] if blocks else []
+        moved += [f'the gains of the last norm layer by {gains[-1]:.1%} (up to 0.2%)'] if gains else []
+        return (f'an update moves {" and ".join(moved)}. Little can be learned in leaps like these: '
                 f'{lower_rate(h)}')
     losses = h.last('loss', 50 * RISEN)
     losses = losses[len(losses) % RISEN:]
@@ -368,9 +369,20 @@ def rate_is_high(h, n=1):
 
 def highest_ratio(h):
     """The median block's update / weights, at the times when it was high; inf where it is not known."""
-    rows = [h.get(name)[1] for name in h.series if name.startswith('update_ratio/h.')]
+    rows = [h.get(name)[1] for name in h.series
+            if name.startswith('update_ratio/') and is_block(name.removeprefix('update_ratio/'))]
     shortest = min(map(len, rows), default=0)
     return np.nanpercentile(np.median([row[-shortest:] for row in rows], axis=0), 90) if shortest else math.inf
+
+
+def is_block(layer):
+    """Whether a layer is one of a series, which ends in its number: see gradients.layers."""
+    return layer.rpartition('.')[2].isdigit()
+
+
+def is_norm(layer):
+    """Whether a layer outside the blocks is a LayerNorm or the like, by the words that modules are named with."""
+    return not is_block(layer) and re.search(r'norm|(?<![a-z])ln(?![a-z])', layer.lower()) is not None
 
 
 def was_found(h, name):

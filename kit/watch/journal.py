@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import numbers
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from contextlib import redirect_stdout, suppress
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kit.base import ranks
@@ -44,7 +46,8 @@ class Journal:
         self.early = []  # lines printed before there was a folder to write to
         self.log = self.metrics = None
         self.history = History()
-        self.unread = {}  # step: (time, figures that are still on the device)
+        self.unread = {}  # step: (figures, time.time()); None stands for those that wait on a device
+        self.on_device = {}  # (device, dtype): ([(step, name), ...], [tensor of these, ...])
         self.sinks = []
         self.waiting = []  # what the sinks get when the first update is made; None after that
         self.failed = set()  # files and sinks that could not be written to
@@ -124,7 +127,12 @@ class Journal:
         return {sink.name: sink.place for sink in self.sinks}
 
     def record(self, step, figures):
-        """The figures of a step, by the names of metrics.jsonl, behind those of the updates up to now."""
+        """
+        The figures of a step, by the names of metrics.jsonl, behind those of the updates up to now. Numbers or 0-dim
+        tensors, as update() takes them.
+        """
+        figures = {name: float(value) if isinstance(value, torch.Tensor) else value
+                   for name, value in checked(figures).items()}
         self.read()
         if self.history.series:  # the first record waits
             self.start_sinks()
@@ -141,16 +149,35 @@ class Journal:
 
     def update(self, step, figures):
         """
-        An update of the weights, and its figures; those that are 0-dim tensors stay on the device until read(). Nothing
-        is recorded with log_interval = 0.
+        An update of the weights, and its figures: {name: a number, or a 0-dim tensor of any real dtype on any device},
+        not the same ones in each step. Tensors are copied, and stay on their device until read(). Raises ValueError
+        for a figure that is none. Nothing is recorded with log_interval = 0.
         """
+        figures, groups = checked(figures), {}
         if not self.metrics or not self.history.facts['log_interval']:
             return
-        waiting = {name: value for name, value in figures.items() if isinstance(value, torch.Tensor)}
-        known = figures | dict.fromkeys(waiting)  # in their order
-        self.unread[step] = list(waiting), torch.stack(list(waiting.values())), known, time.time()
+        for name, value in figures.items():
+            if isinstance(value, torch.Tensor):
+                figures[name] = None
+                groups.setdefault((value.device, value.dtype), {})[name] = value
+        for key, group in groups.items():
+            places, tensors = self.on_device.setdefault(key, ([], []))
+            places += [(step, name) for name in group]
+            tensors.append(torch.stack(list(group.values())))  # one copy for all of a kind
+        self.unread[step] = figures, time.time()
         if len(self.unread) == MOST_UNREAD:
             self.read()
+
+    def fill_in(self, unread):
+        """Put what waits on the devices into unread, {step: (figures, time)}. Waits once for each device."""
+        waiting, self.on_device = self.on_device, {}
+        for device in dict.fromkeys(device for device, _ in waiting):
+            groups = [group for (at, _), group in waiting.items() if at == device]
+            widest = torch.float32 if device.type == 'mps' else torch.float64  # which holds a float32 exactly
+            values = torch.cat([torch.cat(tensors).to(widest) for _, tensors in groups]).tolist()
+            places = [place for places, _ in groups for place in places]
+            for (step, name), value in zip(places, values):
+                unread[step][0][name] = value
 
     def read(self, figures=None):
         """
@@ -159,16 +186,17 @@ class Journal:
         """
         unread, self.unread = self.unread, {}
         if unread:
-            numbers = iter(torch.cat([waiting for _, waiting, _, _ in unread.values()]).tolist())
+            self.fill_in(unread)
             limit, more = self.history.facts['grad_clip'] or math.inf, {}
-            found = {step: (known | {name: next(numbers) for name in names}, at)
-                     for step, (names, _, known, at) in unread.items()}
-            self.clipped += [known['grad_norm'] > known.get('clip_limit', limit) for known, _ in found.values()]
+            self.clipped += [found['grad_norm'] > found.get('clip_limit', limit) for found, _ in unread.values()
+                             if 'grad_norm' in found]
+            if figures and self.clipped:
+                more = {'clip_rate': sum(self.clipped) / len(self.clipped)}
             if figures:
-                more = {'clip_rate': sum(self.clipped) / len(self.clipped)} | figures
+                more |= figures
                 self.clipped = []
-            for step, (known, at) in found.items():
-                self.write_record(step, known | (more if step == max(found) else {}), at)
+            for step, (found, at) in unread.items():
+                self.write_record(step, found | (more if step == max(unread) else {}), at)
             self.start_sinks()
         if figures:
             for line in self.history.news():
@@ -176,7 +204,7 @@ class Journal:
 
     def go_back(self, step, rewinds):
         """The run goes back to a step, for the so manieth time: what it has recorded after that was not."""
-        self.unread = {}
+        self.unread, self.on_device = {}, {}
         self.history.cut(step)
         self.record(step, {'rewinds': rewinds})
 
@@ -344,6 +372,31 @@ def check_wandb():
             if not wandb.login(prompt=False):
                 fail('wandb_log = True: nobody is logged in to Weights & Biases; `wandb login` does that, '
                      'WANDB_MODE=offline goes without')
+
+
+def checked(figures):
+    """
+    {name: value} as they can be recorded: tensors apart from their graph, which would hold the memory of the step;
+    other numbers as int or float. Raises ValueError, which names the figure and the remedy.
+    """
+    found = {}
+    for name, value in figures.items():
+        if not isinstance(name, str) or name in ('', 'step', 'time'):
+            raise ValueError(f'figures: {name!r} cannot be the name of a figure: it is a text, and step and time are '
+                             'what each record has; rename it')
+        if isinstance(value, torch.Tensor):
+            if value.dim():
+                raise ValueError(f'figures: {name} is a tensor of shape {tuple(value.shape)}; a figure is one number: '
+                                 'take its mean()')
+            if value.is_complex():
+                raise ValueError(f'figures: {name} is a complex tensor; a figure is a real number: take its abs()')
+            found[name] = value.detach()
+        elif isinstance(value, numbers.Real | np.bool_):
+            found[name] = value if type(value) in (int, float) else float(value)
+        else:
+            raise ValueError(f'figures: {name} is of type {type(value).__name__}; a figure is one number: give '
+                             'a float, or a tensor without dimensions')
+    return found
 
 
 def tag(name):

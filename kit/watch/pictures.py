@@ -1,5 +1,5 @@
 """
-Every picture of the house. matplotlib is imported when one is drawn.
+Every picture that the scripts draw. matplotlib is imported when one is drawn.
 
 Each writes itself to a path, or without one is returned as uint8 (height, width, 3). With show=True it can be looked
 at in a window too, once show_windows() is called. x is what the panels run over: steps, tokens or time.
@@ -11,12 +11,14 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from kit.watch import curves
+from kit.watch.curves import ABSENT, ACCURACY, LOSS, NORM, PANELS, RATE, SPEED
+
 # Okabe and Ito's colours, which colour-blind eyes tell apart; markers tell apart the runs that share a colour
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#E69F00', '#CC79A7', '#56B4E9', '#000000']
 MARKERS = 'o^sDvPX'
 TRAIN, VAL, *_ = COLORS
 FAINT, DARK, BAD, ZERO = '0.80', '0.25', '#C00000', '#000000'
-ABSENT = -1.0  # in a table of norms: none of this layer at this step
 STYLE = {
     'figure.dpi': 150, 'savefig.dpi': 150, 'font.size': 9, 'axes.titlesize': 10, 'axes.titlelocation': 'left',
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '0.3', 'axes.grid': True,
@@ -24,16 +26,13 @@ STYLE = {
     'xtick.color': '0.3', 'ytick.color': '0.3', 'xtick.labelcolor': 'black', 'ytick.labelcolor': 'black',
     'legend.fontsize': 8, 'legend.frameon': False, 'lines.linewidth': 1.3, 'lines.markersize': 3.5,
 }
-# the panels and the figures they show; the first is tall, and of the others one without figures is left out
-LOSS, ACCURACY, RATE, NORM, SPEED = 'loss (nats a token)', 'accuracy', 'learning rate', 'gradient norm', 'tokens/s'
-PANELS = {LOSS: ['loss', 'train/loss', 'val/loss'], ACCURACY: ['train/accuracy', 'val/accuracy'], RATE: ['lr'],
-          NORM: ['grad_norm'], SPEED: ['tokens_per_second']}
+DASHES = ['solid', (0, (4, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (10, 2)), (0, (3, 1, 1, 1, 1, 1))]
 
 
 def loss_curve(history, name, path=None, x='steps', show=False):
     """One run: the loss of its steps, its evaluations with the best one marked, and below what else it logged."""
     with style():
-        fig, panels, across = figure_of_panels([history], x, show)
+        fig, panels, own, across = figure_of_panels([history], x, show)
         fig.suptitle(shortened(name, 80), x=0.01, ha='left', fontsize=10)
         for label in [RATE, NORM, SPEED]:
             if label in panels:
@@ -50,37 +49,49 @@ def loss_curve(history, name, path=None, x='steps', show=False):
         ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=6, borderaxespad=0.1, borderpad=0.2,
                   handlelength=1.6, columnspacing=1.1)
         limit_others(panels, [history])
+        draw_own(own, [history], across, [{}])
         return finish(fig, path, show)
 
 
-def comparison(runs, path=None, x='steps', show=False):
-    """Several runs {name: History} in the same panels, a colour each; beyond seven the markers count too."""
+def comparison(runs, path=None, x='steps', show=False, metric='val/loss', is_max=False):
+    """
+    Several runs {name: History} in the same panels, a colour each; beyond seven the markers count too. metric: the
+    figure whose lowest, or with is_max its highest, is starred and named for each run.
+    """
     from matplotlib.lines import Line2D
     with style():
         histories = list(runs.values())
-        entries = [shortened(name, 50) + best_in_words(history) for name, history in runs.items()]
+        entries = [shortened(name, 50) + best_in_words(history, metric, is_max) for name, history in runs.items()]
         columns = min(len(runs), max(1, 105 // (max(map(len, entries)) + 6)))  # as many as fit below 8 inches
-        fig, panels, across = figure_of_panels(histories, x, show, legend_rows=math.ceil(len(runs) / columns))
+        fig, panels, own, across = figure_of_panels(histories, x, show, math.ceil(len(runs) / columns), metric)
+        starred = next((ax for names, ax in [*((PANELS[label], ax) for label, ax in panels.items()), *own.values()]
+                        if metric in names), None)
         colors = [COLORS[i % len(COLORS)] for i in range(len(runs))]
         markers = [MARKERS[i // len(COLORS) % len(MARKERS)] for i in range(len(runs))]
         ax = panels[LOSS]
         for i, (history, color, marker) in enumerate(zip(histories, colors, markers)):
-            draw(ax, history, 'loss' if history.get('loss')[0].size else 'train/loss', across, smoothed, color=color,
-                 linewidth=0.7, dashes=(4, 2))
+            draw(ax, history, 'loss' if history.get('loss')[0].size else 'train/loss', across, curves.smoothed,
+                 color=color, linewidth=0.7, dashes=(4, 2))
             draw(ax, history, 'val/loss', across, color=color, marker=marker)
             mark_bad(ax, history, 'loss', across, color)
-            step, value = best(history)
-            ax.plot(across(history, step), value, '*', color=color, markersize=10, markeredgecolor='white',
-                    markeredgewidth=0.5, zorder=4)
+            step, value = curves.best(history, metric, is_max)
+            if starred:
+                starred.plot(across(history, step), value, '*', color=color, markersize=10, markeredgecolor='white',
+                             markeredgewidth=0.5, zorder=4)
             if ACCURACY in panels:
                 draw(panels[ACCURACY], history, 'val/accuracy', across, color=color, marker=marker)
             for label in [RATE, NORM, SPEED]:
                 if label in panels:
-                    draw(panels[label], history, *PANELS[label], across, thinned if label == RATE else smoothed,
-                         marks=8, shift=i / len(runs), color=color, linewidth=1,
-                         marker=marker if len(runs) > len(COLORS) else None)
+                    draw(panels[label], history, *PANELS[label], across,
+                         curves.thinned if label == RATE else curves.smoothed, marks=8, shift=i / len(runs),
+                         linewidth=1, color=color, marker=marker if len(runs) > len(COLORS) else None)
+        draw_own(own, histories, across, [{'color': color, 'marker': marker if len(runs) > len(COLORS) else None}
+                                          for color, marker in zip(colors, markers)])
         limit_loss(ax, histories, across, colors)
-        words = ['solid: val, its lowest starred', 'dashed: loss of the steps, running median']
+        extreme = 'highest' if is_max else 'lowest'
+        words = ['solid: val' + f', its {extreme} starred' * (metric == 'val/loss'),
+                 'dashed: loss of the steps, running median']
+        words += [f'star: {extreme} {shortened(metric, 30)}'] * (starred is not None and metric != 'val/loss')
         marks = ' '.join(ax.get_legend_handles_labels()[1])
         words += ['triangles: cut'] * ('cut:' in marks) + ['ticks below: not finite'] * ('not finite:' in marks)
         ax.set_title('; '.join(words), fontsize=9)
@@ -96,7 +107,7 @@ def layers(runs, path=None, x='steps', show=False):
     from matplotlib.colors import LogNorm, to_rgb
     from matplotlib.patches import Patch
     with style():
-        tables = [layer_table(history) for history in runs.values()]
+        tables = [curves.layer_table(history) for history in runs.values()]
         norms = np.concatenate([norms.ravel() for _, _, norms in tables])
         good = norms[np.isfinite(norms) & (norms > 0)]
         low, high = np.quantile(good, [0.001, 0.999]) if good.size else (1, 1)
@@ -109,9 +120,10 @@ def layers(runs, path=None, x='steps', show=False):
             cells = colors.to_rgba(np.where(np.isfinite(norms) & (norms > 0), norms, 1))  # (layers, steps, 4)
             for where, color in (norms == 0, ZERO), (norms == ABSENT, (1, 1, 1)), (~np.isfinite(norms), BAD):
                 cells[where, :3] = to_rgb(color)
-            ax.pcolormesh(edges(across(history, steps)), np.arange(len(names) + 1), cells, rasterized=True)
+            edges, cells = curves.cell_columns(across(history, steps), cells)
+            ax.pcolormesh(edges, np.arange(len(names) + 1), cells, rasterized=True)
             every = math.ceil(0.13 * len(names) / height)  # inches a label needs
-            ax.set_yticks(np.arange(len(names))[::every] + 0.5, names[::every])
+            ax.set_yticks(np.arange(len(names))[::every] + 0.5, [shortened(name, 30) for name in names[::every]])
             ax.set(title=shortened(name, 80), ylim=(len(names), 0))
             ax.grid(False)
         fig.colorbar(colors, ax=axes, label=NORM, extend='both', extendfrac=0.02, pad=0.01, aspect=30, format=plain,
@@ -213,7 +225,7 @@ def lr_finder(rates, losses, curve, suggested, path=None):
 
 @contextmanager
 def style():
-    """The look of the house while a picture is drawn."""
+    """The look that all pictures share, while one is drawn."""
     import matplotlib
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph')  # a character that the font lacks is drawn as a box
@@ -256,15 +268,22 @@ def show_windows():
     plt.show()
 
 
-def figure_of_panels(histories, x, show, legend_rows=0):
-    """A figure with a panel for whatever one of the runs has logged: fig, {label: ax}, across of place()."""
+def figure_of_panels(histories, x, show, legend_rows=0, metric=''):
+    """
+    A figure with a panel for whatever one of the runs has logged: fig, {label: ax}, {title: (figures, ax)} of
+    own_panels(), across of place().
+    """
     from matplotlib.ticker import MaxNLocator
     labels = [label for label in PANELS
-              if label == LOSS or any(len(finite(history, label)) for history in histories)]
+              if label == LOSS or any(len(curves.finite(history, label)) for history in histories)]
+    groups, _ = curves.own_panels(histories, metric)
     heights = [3.6 if label == LOSS else 1.15 for label in labels]
+    heights += [1.3 if len(names) <= 3 else 1.5 for names in groups.values()]  # a legend of two lines
     fig = new_figure((8, sum(heights) + 0.5 + 0.18 * legend_rows), show)
-    panels = dict(zip(labels, fig.subplots(len(labels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]))
-    across = place(histories, x, panels[labels[-1]])
+    axes = fig.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    panels = dict(zip(labels, axes))
+    own = {title: (names, ax) for (title, names), ax in zip(groups.items(), axes[len(labels):])}
+    across = place(histories, x, axes[-1])
     for label, ax in panels.items():
         ax.set_ylabel(label)
         ax.tick_params(length=2.5)
@@ -273,13 +292,17 @@ def figure_of_panels(histories, x, show, legend_rows=0):
         else:
             ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             ax.yaxis.set_major_formatter({ACCURACY: percent, SPEED: count}.get(label, plain))
-    ends = [across(history, steps[[0, -1]]) for history in histories for label in labels for name in PANELS[label]
+    for _, ax in own.values():
+        ax.tick_params(length=2.5)
+        ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    drawn = [name for names in [*(PANELS[label] for label in labels), *groups.values()] for name in names]
+    ends = [across(history, steps[[0, -1]]) for history in histories for name in drawn
             if len(steps := history.get(name)[0])]
     left, right = np.min(ends), np.max(ends)
     margin = 0.02 * (right - left) or 1
     ax.set_xlim(left - margin, right + margin)
     fig.align_ylabels()
-    return fig, panels, across
+    return fig, panels, own, across
 
 
 def place(histories, x, ax):
@@ -322,8 +345,15 @@ def log_ticks(low, high):
 
 
 def shortened(name, length):
-    """The end of a long name, and no formulas."""
+    """The end of a long name, on one line and without formulas."""
+    name = ' '.join(name.split())
     return (name if len(name) <= length else '...' + name[3 - length:]).replace('$', r'\$')
+
+
+def best_in_words(history, name, is_max):
+    step, value = curves.best(history, name, is_max)
+    short = {'val/loss': 'val', 'train/loss': 'train'}.get(name, shortened(name, 30))
+    return f': {short} {curves.in_words(value)} at step {step:,}' if math.isfinite(value) else ''
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,16 +376,48 @@ def draw(ax, history, name, across, shape=lambda steps, values: (steps, values),
 def draw_steps(ax, history, name, across):
     """Single steps in grey and a line through them; where they are few, or smooth as a rate is, a line alone."""
     steps, values = history.get(name)
-    width = window(values[np.isfinite(values)])
+    width = curves.window(values[np.isfinite(values)])
     if width == 1 or name == 'lr':
-        draw(ax, history, name, across, thinned, color=DARK, linewidth=1, label='single steps',
+        draw(ax, history, name, across, curves.thinned, color=DARK, linewidth=1, label='single steps',
              marker='.' if width == 1 else None)
     else:
-        draw(ax, history, name, across, thinned, color=FAINT, linewidth=0.6, label='single steps')
+        draw(ax, history, name, across, curves.thinned, color=FAINT, linewidth=0.6, label='single steps')
         width *= (steps[-1] - steps[0]) / (len(steps) - 1)
-        draw(ax, history, name, across, smoothed, color=DARK, linewidth=1.1,
+        draw(ax, history, name, across, curves.smoothed, color=DARK, linewidth=1.1,
              label=f'running median of {width:,.0f} steps')
     mark_bad(ax, history, name, across, BAD)
+
+
+def draw_own(own, histories, across, looks):
+    """
+    What own_panels() has found, in its panels. looks: colour and marker of each of several runs, whose figures differ
+    in their dashes; those of one run have the colours.
+    """
+    from matplotlib.lines import Line2D
+    for title, (names, ax) in own.items():
+        is_alone = len(histories) == 1
+        by_figure = [{'color': color} if is_alone else {'linestyle': dashes} for color, dashes in zip(COLORS, DASHES)]
+        for i, history in enumerate(histories):
+            if is_alone and len(names) == 1:
+                draw_steps(ax, history, names[0], across)
+                continue
+            for name, look in zip(names, by_figure):
+                look = looks[i] | look
+                if is_alone and curves.window(history.get(name)[1]) == 1:
+                    look |= {'marker': '.'}
+                draw(ax, history, name, across, curves.smoothed, 50 if is_alone else 8, i / len(histories), linewidth=1,
+                     **look)
+                mark_bad(ax, history, name, across, look['color'])
+        values = np.concatenate([history.get(name)[1] for history in histories for name in names])
+        limit_own(ax, values[np.isfinite(values)])
+        ax.set_title(shortened(title, 25) if len(names) > 1 else shortened(names[0], 80), fontsize=9)
+        if len(names) > 1:
+            columns = len(names) if len(names) <= 3 else math.ceil(len(names) / 2)
+            length = (95 - min(25, len(title))) // columns - 7  # characters beside the title, and 7 for a line
+            labels = [shortened(name.removeprefix(f'{title}/').removesuffix(f'/{title}'), length) for name in names]
+            ax.legend([Line2D([], [], **{'color': DARK} | look) for look in by_figure[:len(names)]], labels,
+                      loc='lower right', bbox_to_anchor=(1, 1), ncols=columns, borderaxespad=0.1, borderpad=0.2,
+                      handlelength=2.2, columnspacing=1.1)
 
 
 def mark_bad(ax, history, name, across, color):
@@ -377,7 +439,7 @@ def mark(ax, places, height, n, **look):
 
 def label_best(ax, history, across):
     """A ring around the lowest val loss, and what it is."""
-    step, value = best(history)
+    step, value = curves.best(history)
     if not math.isfinite(value):
         return
     x, (left, right), (low, high) = across(history, step), ax.get_xlim(), ax.get_ylim()
@@ -391,11 +453,11 @@ def label_best(ax, history, across):
 
 def limit_loss(ax, histories, across, colors):
     """Let no spike and no first steps squash the rest of a panel: what is cut off gets triangles at its upper edge."""
-    limits = [loss_limits(history) for history in histories if len(finite(history, LOSS))] or [(0, 1)]
+    limits = [loss_limits(history) for history in histories if len(curves.finite(history, LOSS))] or [(0, 1)]
     low, highs = min(low for low, _ in limits), sorted(high for _, high in limits)
     usual = highs[(len(highs) - 1) // 2] - low
     high = max(high for high in highs if high - low <= 3 * usual)  # nor may a run that went wrong squash the others,
-    lowest = [finite(history, LOSS).min() for history in histories if len(finite(history, LOSS))]  # all are seen
+    lowest = [values.min() for values in (curves.finite(h, LOSS) for h in histories) if len(values)]  # all are seen
     high = max([high, *(value + 0.1 * (high - low) for value in lowest if value < 3 * min(lowest))])
     bottom = ax.dataLim.y0 if math.isfinite(ax.dataLim.y0) else low
     ax.set_ylim(bottom - max(0.05 * (high - bottom), 0.02), high)
@@ -410,7 +472,7 @@ def limit_loss(ax, histories, across, colors):
 
 def loss_limits(history):
     """(lowest, highest) loss that a panel should show of a run."""
-    low, most, top = np.quantile(finite(history, LOSS), [0, 0.98, 1])
+    low, most, top = np.quantile(curves.finite(history, LOSS), [0, 0.98, 1])
     spread = 1.15 * (most - low)
     return low, top + max(0.05 * (top - low), 0.02) if top - low <= 1.5 * spread else low + spread
 
@@ -418,22 +480,31 @@ def loss_limits(history):
 def limit_others(panels, histories):
     """Speed from 0 on, whatever the first step took to compile; norms by decades, with the line they are clipped at."""
     if ax := panels.get(SPEED):
-        speeds = [finite(history, SPEED) for history in histories]
+        speeds = [curves.finite(history, SPEED) for history in histories]
         ax.set_ylim(0, 1.2 * max(np.quantile(values, 0.98) for values in speeds if len(values)) or 1)
     if ax := panels.get(RATE):
-        tops = [max(finite(history, RATE), default=0) for history in histories]
+        tops = [max(curves.finite(history, RATE), default=0) for history in histories]
         lowest = min((top for top in tops if top > 0), default=1)
         if max(tops) > 8 * lowest:  # else the lower rates would lie on the axis
             set_log(ax, lowest / 50)
-    if (ax := panels.get(NORM)) and any((finite(history, NORM) > 0).any() for history in histories):
+    if (ax := panels.get(NORM)) and any((curves.finite(history, NORM) > 0).any() for history in histories):
         clips = sorted({history.facts.get('grad_clip') or 0 for history in histories} - {0})
         words = f'dashed: grad_clip = {", ".join(map(plain, clips[:4]))}' if clips else ''
         for clip in clips:
             ax.axhline(clip, color='0.4', linewidth=0.9, linestyle='--', zorder=3)
         if clips and len(histories) == 1:
-            words += f', {np.mean(finite(histories[0], NORM) > clips[0]):.1%} of the steps clipped'
+            words += f', {np.mean(curves.finite(histories[0], NORM) > clips[0]):.1%} of the steps clipped'
         ax.set_title(words, loc='right', fontsize=8)
         set_log(ax)
+
+
+def limit_own(ax, values):
+    """Decades where positive values span more than three of them, and numbers at the axis that can be told apart."""
+    if values.min() > 0 and values.max() > 1000 * values.min():
+        return set_log(ax)
+    ticks = ax.get_yticks()
+    digits = max(6, math.ceil(math.log10(max(abs(ticks)) / min(np.diff(ticks)))) + 1)
+    ax.yaxis.set_major_formatter(lambda value, _: f'{value:.{digits}g}')
 
 
 def set_log(ax, bottom=None):
@@ -443,76 +514,3 @@ def set_log(ax, bottom=None):
     ax.yaxis.set_major_locator(log_ticks(*ax.get_ylim()))
     ax.yaxis.set_major_formatter(plain)
     ax.minorticks_off()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# from figures to points
-
-
-def thinned(steps, values, n=2000):
-    """Of a long series the lowest and the highest of each of n stretches: on paper the same picture."""
-    if len(steps) <= 10 * n:
-        return steps, values
-    kept = len(steps) // n * n  # the few that are left over at the end are kept too
-    rows = values[:kept].reshape(n, -1)
-    first = np.arange(n) * rows.shape[1]
-    lowest = first + np.where(np.isfinite(rows), rows, np.inf).argmin(axis=1)
-    highest = first + np.where(np.isfinite(rows), rows, -np.inf).argmax(axis=1)
-    chosen = np.unique(np.concatenate([lowest, highest, np.arange(kept, len(steps))]))
-    return steps[chosen], values[chosen]
-
-
-def smoothed(steps, values, n=500):
-    """The running median at n places, over window() values; nearer the start, over fewer."""
-    finite = np.isfinite(values)
-    steps, values = steps[finite], values[finite]
-    half = window(values) // 2
-    centres = np.unique(np.linspace(0, max(0, len(values) - 1), n).round().astype(int))[:len(values)]
-    reaches = np.minimum(half, centres)  # as far back as ahead, since the first losses fall fast
-    medians = [np.median(values[c - reach:c + reach + 1]) for c, reach in zip(centres, reaches)]
-    return steps[centres], np.array(medians)
-
-
-def window(values):
-    """How many values a running median takes: 2% of them, of few more; 1 where there are too few to smooth."""
-    return max(len(values) // 50, min(25, len(values) // 7)) // 2 * 2 + 1 if len(values) >= 30 else 1
-
-
-def finite(history, panel):
-    """The numbers that a panel shows of a run, without those that are none."""
-    values = np.concatenate([history.get(name)[1] for name in PANELS[panel]])
-    return values[np.isfinite(values)]
-
-
-def best(history):
-    """(step, value) of the lowest val loss, NaN where there is none."""
-    steps, values = history.get('val/loss')
-    steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-    return (int(steps[values.argmin()]), float(values.min())) if len(values) else (0, math.nan)
-
-
-def best_in_words(history):
-    step, value = best(history)
-    return f': val {value:.4f} at step {step:,}' if math.isfinite(value) else ''
-
-
-def layer_table(history):
-    """The names of the layers in the model's order, the steps, and the norms (layers, steps), ABSENT where none is."""
-    def order(name):
-        block = name.removeprefix('h.')
-        return (1, int(block)) if block.isdecimal() else ({'wte': -2, 'wpe': -1, 'ln_f': 2}.get(name, 3), 0)
-    names = sorted((name[10:] for name, (steps, _) in history.series.items()
-                    if name.startswith('grad_norm/') and len(steps)), key=order)
-    series = [history.get(f'grad_norm/{name}') for name in names]
-    steps = np.unique(np.concatenate([steps for steps, _ in series]))
-    norms = np.full((len(names), len(steps)), ABSENT)
-    for row, (at, values) in zip(norms, series):
-        row[np.searchsorted(steps, at)] = values
-    first = np.arange(0, len(steps), math.ceil(len(steps) / 1200))  # more columns than pixels: the highest stands
-    return names, steps[first], np.maximum.reduceat(norms, first, axis=1)
-
-
-def edges(places):
-    """Of n columns the n + 1 edges: each reaches up to the next one."""
-    last = places[-1] - places[-2] if len(places) > 1 else 1
-    return np.append(places, places[-1] + last)

@@ -38,7 +38,7 @@ def write(model, text, meta, length, device, dtype):
 
 
 def answers(model, reader, numbers, text, batch_size, device, dtype):
-    """(answers, responses) to the prompts of some pairs, as texts. A prompt leaves room for the longest response."""
+    """(answers, responses) to the prompts of some pairs, as texts. A prompt leaves space for the longest response."""
     pairs = [reader.pair(i) for i in numbers]
     longest = min(max(len(response) for _, response in pairs) + 1, max(1, reader.block_size // 2))
     prompts = [prompt[-(reader.block_size - longest + 1):] for prompt, _ in pairs]
