@@ -343,7 +343,7 @@ def check_names(word, namespace, assigned, known):
 
 
 def execute(word, names, kind='config'):
-    """Run a file of a user's own, from here or from the repository, with these names: its namespace, what it assigns."""
+    """Run a file of a user's own, from here or the repository, with these names: its namespace, what it assigns."""
     path = Path(word)
     if not path.exists() and (ROOT / path).exists():
         path = ROOT / path
