@@ -91,3 +91,9 @@ def test_the_readme_has_a_line_for_every_script_and_module():
     names = [*(f'{script}.py' for script in SCRIPTS), 'model.py', *(f'{path.stem}.py' for path in MODULES.values())]
     lines = [line.split()[0] for line in tree.splitlines() if line.startswith('    ') and line.strip()]
     assert not set(names) - {line.rpartition('/')[2] for line in lines}
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'bench').glob('*.py')), ids=lambda path: path.stem)
+def test_every_bench_starts(run, path):
+    result = run(path, '--help')
+    assert result.status == 0 and '--' in result.out, result.err
