@@ -61,6 +61,7 @@ newest = found[steps[0]][1]
 chosen = steps if search and n_wanted == 1 else steps[:num_checkpoints]  # the newest first
 model = GPT(GPTConfig(**newest['model_args']))
 checkpoints.fill(model, newest['model'], paths[steps[0]])  # what does not fit model.py is no use to anybody
+parameters = [name for name, _ in model.named_parameters()]
 for step in chosen:
     if difference := checkpoints.first_difference(newest, found[step][1], GPTConfig.FREE):
         overrides.fail(f'{paths[step]} and {paths[steps[0]]} do not belong together: {difference}; '
@@ -78,7 +79,7 @@ if evaluate:
     device = devices.choose_device(device)
     dtype = devices.choose_dtype(dtype, device)
     data, meta = readers.open(newest['config'] | {'block_size': newest['model_args']['block_size']})
-    checkpoints.check_fit(newest, newest['model_args']['block_size'], meta)
+    checkpoints.check_fit(newest, meta)
     model.to(device)
 
 
@@ -97,7 +98,7 @@ def average(steps):
     total = sum(range(1, len(steps) + 1))
     shares = [(len(steps) - i) / total if method == 'linear' else 1 / len(steps) for i in range(len(steps))]
     try:
-        return averaging.mean([paths[step] for step in steps], shares)
+        return averaging.mean([paths[step] for step in steps], shares, parameters)
     except (checkpoints.Damaged, ValueError) as error:
         overrides.fail(f'{error}; leave it out with --pattern, or take fewer')
 
@@ -121,7 +122,7 @@ elif method == 'greedy':  # Wortsman et al. 2022, arXiv:2203.05482
 averaged = {key: newest[key] for key in ('iter_num', 'best_val_loss', 'config', 'meta') if key in newest}
 averaged = {'model': average(chosen), 'model_args': model.config.args(), **averaged,
             'averaged': {'steps': chosen, 'method': method}}
-checkpoints.save(averaged, folder, [output_name], stop_on_error=True)
+checkpoints.save(averaged, folder, [output_name], stop_on_error=True, parameters=parameters)
 print(f'wrote {output}: the {method} average of {len(chosen)} checkpoints, steps {", ".join(map(str, chosen))}')
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -40,12 +40,15 @@ class GPTConfig:
     gelu_approximate: str = 'none'  # 'tanh' is what OpenAI's weights were trained with
     causal: bool = True             # False: tokens look both ways, to fill masks (BERT); such a model cannot write
 
-    FREE = 'dropout',               # no field: those that weights do not depend on, so that a resume may change them
+    # no fields: names of those that weights do not depend on, so that a resume may change them; and of those that may
+    # change where a new run begins with the weights of another, see GPT.fitted
+    FREE = 'dropout',
+    RESIZABLE = 'block_size',
 
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type in (int, float, bool, str) and not isinstance(value, (f.type, int)):
+            if f.type in (int, float, bool, str) and not isinstance(value, (int, float) if f.type is float else f.type):
                 raise ValueError(f'{f.name} = {value!r} should be of type {f.type.__name__}')
         self.n_head = self.n_head or default_heads(self.n_embd)
         for name in 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size':
@@ -53,6 +56,8 @@ class GPTConfig:
                 raise ValueError(f'{name} = {getattr(self, name)} should be 1 or more')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout = {self.dropout} should be a share below 1')
 
     def args(self):
         """model_args of a checkpoint: nanoGPT's fields, so that it can read them; others where they are no defaults."""
@@ -267,7 +272,7 @@ class GPT(nn.Module):
         return torch.cat([idx] + [next(new) for _ in range(max_new_tokens)], dim=1)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # facts about the model
+    # what the other files ask of a model, beside forward, hidden and stream: they know no parameter by its name
 
     def count_params(self, non_embedding=True):
         """The number of parameters; without those of the positions, as is usual, since they cost no arithmetic."""
@@ -304,7 +309,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def attention_maps(self, idx):
         """(B, T) ids -> (L, B, H, T, T): who looks where in each layer and head; a row sums to 1."""
-        maps, layers = [], [module for module in self.modules() if isinstance(module, CausalSelfAttention)]
+        maps, layers = [], [module for module in self.modules() if hasattr(module, 'weights')]
+        if not layers:
+            raise ValueError('no module of the model has a method weights, which says who looks where')
         hooks = [layer.register_forward_pre_hook(lambda layer, args: maps.append(layer.weights(*args)))
                  for layer in layers]
         try:
@@ -314,13 +321,19 @@ class GPT(nn.Module):
                 hook.remove()
         return torch.stack(maps)
 
-    def resized(self, state):
+    def fitted(self, state):
         """
-        The weights {name: tensor} of a model with more positions or fewer ids, as this one takes them: the positions
-        are cut, and new ids, such as the one that hides a token, begin as the mean of the others.
+        The weights {name: tensor} of a checkpoint as this model takes them. Those of one with more positions or fewer
+        ids: the positions are cut, and new ids, such as the one that hides a token, begin as the mean of the others.
+        The masks that nanoGPT's attention kept among the weights, before PyTorch 2, are left out. Raises ValueError
+        where there are fewer positions than rows need; what else does not fit load_state_dict says.
         """
-        state = dict(state)
+        own = self.state_dict().keys()
+        state = {name: tensor for name, tensor in state.items() if name in own or not name.endswith('.attn.bias')}
         for name in {'transformer.wpe.weight'} & state.keys():
+            if len(state[name]) < self.config.block_size:
+                raise ValueError(f'block_size = {self.config.block_size}: these weights know {len(state[name])} '
+                                 'positions, no more')
             state[name] = state[name][:self.config.block_size]
         for name in {'transformer.wte.weight', 'lm_head.weight'} & state.keys():
             old = state[name]

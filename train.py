@@ -228,7 +228,7 @@ def save(names):
         **averages.state(average), **state.keys(), 'model_args': model_config.args(), 'config': config, 'meta': meta,
         'epoch': state.step / steps_per_epoch, 'random_states': checkpoints.random_states(),
         'versions': checkpoints.versions(),
-    }, out_dir, names, stop_on_error=save_errors == 'stop')
+    }, out_dir, names, save_errors == 'stop', [name for name, _ in raw_model.named_parameters()])
     if is_saved:
         checkpoints.prune(out_dir, keep_last)
     return is_saved
@@ -297,7 +297,7 @@ if eval_only:
     evaluate()
     ranks.leave()
 seconds = first_look.show(model, raw_model, *get_batch('train', state.step, 0)[:3], meta, device, dtype,
-                             dry_run and init_from == 'scratch' and not is_resume)
+                          dry_run and init_from == 'scratch' and not is_resume)
 if trains or dry_run:
     first_look.plan(config, state.step, warmup_steps, micro_steps * seconds, steps_per_epoch, data['train'])
 if find_lr:
@@ -333,8 +333,7 @@ while True:
         due.saved(is_saved)
         clock.took('save')
     if due.evaluation:  # pictures come last: they draw random numbers, and a checkpoint holds the generators' states
-        inside.show(journal, state.step, averages.smoothed(raw_model, average), data['val'], meta, device,
-                            due.is_last)
+        inside.show(journal, state.step, averages.smoothed(raw_model, average), data['val'], meta, device, due.is_last)
         clock.took('evaluation', n=0)
     if due.end:
         break

@@ -285,18 +285,6 @@ def test_whether_all_numbers_are_finite(tensor, expected):
     assert checkpoints.is_finite(tensor) == expected
 
 
-# a parameter of somebody's own may have the name that nanoGPT's masks had; the mask is known by what it holds
-@pytest.mark.parametrize('tensor, stays', [
-    (torch.ones(1, 1, 16, 16).tril(), False), (torch.ones(1, 1, 16, 16).tril().bool(), False),
-    (torch.randn(1, 1, 16, 16), True), (torch.ones(1, 2, 16, 16).tril(), True), (torch.zeros(32), True),
-    (torch.ones(1, 1, 1, 1), True), (torch.ones(1, 1, 0, 0), True)])
-def test_the_masks_of_old_nanogpt_are_left_out(tmp_path, tensor, stays):
-    saved = state(1)
-    saved['model']['transformer.h.0.attn.bias'] = tensor
-    torch.save(saved, tmp_path / 'ckpt.pt')
-    assert ('transformer.h.0.attn.bias' in checkpoints.load(tmp_path / 'ckpt.pt')['model']) == stays
-
-
 @pytest.mark.parametrize('change, words', [
     (lambda saved: saved['model_args'].update(rope=True), "unexpected keyword argument 'rope'"),
     (lambda saved: saved['model_args'].update(n_layer='two'), "n_layer = 'two' should be of type int"),

@@ -1,23 +1,27 @@
 """What earlier commits have left, datasets and checkpoints, made here by their own code, goes on as it was made."""
 
+import re
 import shutil
 import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, TINY, losses, some_text
+from conftest import ROOT, TINY, losses, records, some_text
+
+from kit.base import overrides
+from kit.run import earlier
 
 # the first whole one; one before the loop became a page; the last with kit as one flat folder
 COMMITS = ['d0bdad6', '840f9c1', '3e2909f']
 
 
 @pytest.fixture
-def earlier(run, tmp_path, request):
+def made_earlier(run, tmp_path, request):
     """The folder in which an earlier commit has prepared data/tiny and trained ten steps; and its output."""
     commit, code = request.param, tmp_path / 'code'
     packed = subprocess.run(['git', 'archive', commit], cwd=ROOT, capture_output=True)
     if packed.returncode:
-        pytest.skip(f'this copy of the repository has no commit {commit}')
+        pytest.skip(f'this copy of the repository has no commit {commit}')  # it is shallow, or no git at all
     code.mkdir()
     subprocess.run(['tar', '-x', '-C', str(code)], input=packed.stdout, check=True)
     (tmp_path / 'data').mkdir()
@@ -28,9 +32,9 @@ def earlier(run, tmp_path, request):
     return tmp_path, result
 
 
-@pytest.mark.parametrize('earlier', COMMITS, indirect=True)
-def test_checkpoints_of_earlier_commits(run, earlier):
-    folder, whole = earlier
+@pytest.mark.parametrize('made_earlier', COMMITS, indirect=True)
+def test_checkpoints_of_earlier_commits(run, made_earlier):
+    folder, whole = made_earlier
     (folder / 'half').mkdir()
     shutil.copy(folder / 'checkpoints/step_0000005.pt', folder / 'half/ckpt.pt')
     result = run('train.py', '--init_from=resume', '--out_dir=half')
@@ -46,15 +50,53 @@ def test_checkpoints_of_earlier_commits(run, earlier):
         assert result.status == 0 and result.err == '', f'{script}: {result.err}'
 
 
-@pytest.mark.parametrize('args, expected', [([], 0.5), (['--weight_decay=0.2'], 0.2)])
-def test_a_setting_that_is_younger_than_a_checkpoint(hooked, train, trained, args, expected):
+def test_every_setting_is_of_the_first_version_or_told_of():
+    """Of those that came later kit/run/earlier.py says what the code did before."""
+    first = subprocess.run(['git', 'show', f'{COMMITS[0]}:train.py'], cwd=ROOT, capture_output=True, text=True)
+    if first.returncode:
+        pytest.skip(f'this copy of the repository has no commit {COMMITS[0]}')
+    known = set(re.findall(r'(?m)^(\w+) = ', first.stdout)) | earlier.SETTINGS.keys()
+    script = overrides.read_script(ROOT / 'train.py')
+    assert not script.settings.keys() - script.launch - known
+    assert not earlier.SETTINGS.keys() - script.settings.keys()
+
+
+@pytest.mark.parametrize('args, expected', [([], 0.5), (['--ema_decay=0.2'], 0.2)])
+def test_a_setting_that_is_younger_than_a_checkpoint(hooked, trained, args, expected):
     """It is what the code did that wrote the checkpoint, not the default of now; a command line goes before it."""
     saved = torch.load(trained / 'ckpt.pt', weights_only=True)
-    del saved['config']['weight_decay']
+    del saved['config']['ema_decay']
     (trained / 'ckpt.pt').unlink()
     torch.save(saved, trained / 'ckpt.pt')
-    result = hooked('from kit.run import rules\nrules.BEFORE = {"weight_decay": 0.5, "beta1": 0.8}\n',
-                    '--init_from=resume', '--max_iters=11', *args)
-    assert 'Older than a setting, the checkpoint stands for weight_decay = 0.5\n' in result.out, result.err
-    config = torch.load(trained / 'ckpt.pt', weights_only=True)['config']
-    assert config['weight_decay'] == expected and config['beta1'] == 0.9
+    old = 'from kit.run import earlier\nearlier.SETTINGS = {"ema_decay": 0.5, "beta1": 0.8}\n'
+    result = hooked(old, '--init_from=resume', '--max_iters=11', *args)
+    assert ('\nema_decay = 0.5: the checkpoint is older than this setting' in result.out) == (not args), result.err
+    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    assert saved['config']['ema_decay'] == expected and 'ema' in saved and saved['config']['beta1'] == 0.9
+
+
+def test_a_replay_is_made_with_what_was_then(run, tiny, trained):
+    """Also of settings, and of fields of GPTConfig, that the run does not name and that have other defaults now."""
+    code = tiny / 'code'
+    code.mkdir()
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, code)
+    shutil.copytree(ROOT / 'kit', code / 'kit')
+    for name, old, new in [
+            ('model.py', "    FREE = 'dropout',\n", "    FREE = 'dropout',\n    wide: int = 4\n"),
+            ('model.py', '4 * config.n_embd', 'config.wide * config.n_embd'),
+            ('train.py', 'n_layer = 2 ', 'wide = 2  # >= 1: as wide\nn_layer = 2 '),
+            ('train.py', 'ema_decay = 0.0 ', 'younger = 0.5  # >= 0: an addition to the loss\nema_decay = 0.0 '),
+            ('train.py', 'loss = loss / parts ', 'loss = loss / parts + younger '),
+            ('kit/run/earlier.py', "    'ema_decay'", "    'younger': 0.0, 'ema_decay'")]:
+        source = (code / name).read_text()
+        assert old in source, old
+        (code / name).write_text(source.replace(old, new))
+    whole = records(trained)
+    for args in ['--inspect_step=6'], ['--init_from=resume', '--max_iters=11']:
+        result = run(code / 'train.py', *args)
+        assert result.status == 0 and 'younger = 0.0: the checkpoint is older' in result.out, result.err
+        assert 'bit for bit' in result.out or args[0] != '--inspect_step=6', result.out
+    assert [r['loss'] for r in records(trained) if 'loss' in r][:10] == [r['loss'] for r in whole if 'loss' in r]
+    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    assert saved['config']['wide'] == 4 and 'wide' not in saved['model_args']

@@ -68,7 +68,8 @@ def test_a_config_takes_what_a_checkpoint_has():
 
 
 @pytest.mark.parametrize('change', [{'n_layer': 0}, {'n_head': -1}, {'n_head': 3}, {'block_size': 'x'}, {'bias': None},
-                                    {'n_embd': 16.0}, {'dropout': 'much'}, {'gelu_approximate': 3.0}])
+                                    {'n_embd': 16.0}, {'dropout': 'much'}, {'gelu_approximate': 3},
+                                    {'dropout': 1.0}, {'bias': 1}])
 def test_a_config_refuses_what_will_not_do(change):
     name, = change
     with pytest.raises(ValueError, match=name):
@@ -79,13 +80,21 @@ def test_weights_of_another_size(model):
     """Positions are cut, new ids are the mean of the others; what fits stays as it is."""
     model = GPT(GPTConfig(**CONFIG))
     state = model.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.resized(state).items())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.fitted(state).items())
     other = GPT(GPTConfig(**CONFIG | {'block_size': 5, 'vocab_size': 25}))
-    other.load_state_dict(other.resized(state))
+    other.load_state_dict(other.fitted(state))
     assert torch.equal(other.transformer.wpe.weight, state['transformer.wpe.weight'][:5])
     wte = state['transformer.wte.weight']
     torch.testing.assert_close(other.lm_head.weight, torch.cat([wte, wte.mean(0, keepdim=True).expand(2, -1)]))
     assert set(state) == set(model.state_dict()) and len(wte) == 23  # what was given is not changed
+
+
+def test_the_masks_of_old_nanogpt_are_left_out(model):
+    """But not what a model has of that name itself."""
+    state = model.state_dict() | {'transformer.h.0.attn.bias': torch.ones(1, 1, 16, 16).tril()}
+    assert model.fitted(state).keys() == model.state_dict().keys()
+    model.transformer.h[0].attn.bias = torch.nn.Parameter(torch.ones(16))
+    assert 'transformer.h.0.attn.bias' in model.fitted(model.state_dict())
 
 
 def test_a_token_sees_nothing_that_comes_later(model):

@@ -266,6 +266,8 @@ def check(rules, config):
     """Each rule is a Python condition on the settings; the first that does not hold ends the script."""
     for rule in rules:
         condition, _, remedy = (part.strip() for part in rule.partition('#'))
+        if strange := [name for name in names_in(condition) if name not in config]:
+            fail(f'the rule {condition!r} names {strange[0]}, and the script has no such setting; remove it there')
         if not eval(condition, {'__builtins__': {}}, config):
             values = ', '.join(f'{name} = {config[name]!r}' for name in names_in(condition))
             fail(f'{values}: {remedy or f"it must hold that {condition}"}')

@@ -39,5 +39,5 @@ def restore(average, saved):
     """Go on with the average of a checkpoint; where it has none of this kind, begin at its weights."""
     if average is not None:
         has_one = average.kind in saved
-        average.module.load_state_dict(saved[average.kind if has_one else 'model'])
+        average.module.load_state_dict(average.module.fitted(saved[average.kind if has_one else 'model']))
         average.n_averaged.fill_(saved['n_averaged'] if has_one else 0)

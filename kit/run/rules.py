@@ -1,12 +1,7 @@
 """
 The conditions between settings of train.py, in Python, each with its remedy behind the #. What a setting may be by
-itself stands at the beginning of its comment, those of the learning rate are checked by kit/learn/schedules.py. And
-what settings stand for in checkpoints that are older than they.
+itself stands at the beginning of its comment, those of the learning rate are checked by kit/learn/schedules.py.
 """
-
-# What a setting was in checkpoints that lack it, where that is not the default of now. Whoever adds a setting whose
-# default changes what a run does, or later changes such a default, adds a line here: old runs go on as they were.
-BEFORE = {'max_bad_steps': 0}
 
 TRAIN = [
     'out_dir.strip("./")  # the run needs a folder of its own, such as --out_dir=exp1',

@@ -6,7 +6,7 @@ from dataclasses import fields
 from kit.base import overrides, ranks
 from kit.data import tokens
 from kit.learn import averages
-from kit.run import replay, rules
+from kit.run import earlier, replay
 from kit.run.run_state import KEPT, RunState
 from kit.state import checkpoints, provenance
 from kit.watch.journal import check_wandb
@@ -40,7 +40,6 @@ def find_start(config, trains, GPTConfig):
         ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=False, may_write=False))
     if config['inspect_step'] >= 0:  # with the settings that it was made with, from the last state before it
         init_from, path, saved, made_with, past = replay.find_past(out_dir, config['inspect_step'])
-        config = overrides.adopt(config, made_with, shape)
         weights = made_with.get('weights', weights)
     if init_from == 'auto':
         is_there = checkpoints.exist(out_dir)
@@ -62,9 +61,11 @@ def find_start(config, trains, GPTConfig):
         saved = pretrained.load(init_from)
     if saved:
         checkpoints.config_of(saved, GPTConfig, path)
-    if saved and past is None:
-        fixed = [name for name in shape if is_resume or name != 'block_size']  # GPT-2's can be cut
-        config = adopt_from(saved, config, shape, fixed)
+    if past is not None:
+        config = adopt_from(made_with, saved.get('model_args'), config, GPTConfig, shape)
+    elif saved:
+        fixed = [name for name in shape if is_resume or name not in GPTConfig.RESIZABLE]
+        config = adopt_from(saved.get('config'), saved['model_args'], config, GPTConfig, fixed)
     if is_resume and config['max_minutes'] and saved.get('fitted_minutes') == config['max_minutes']:
         config['max_iters'] = saved['config']['max_iters']  # whatever is given here
     if trains and config['wandb_log']:
@@ -86,22 +87,26 @@ def find_tested(config, GPTConfig):
     shape = shaping(config, GPTConfig)
     if len({saved.get('config', {}).get('objective', 'causal') for saved in tested.values()}) > 1:
         overrides.fail('checkpoint: some of these write and others fill masks (objective); test them one by one')
-    return adopt_from(next(iter(tested.values())), config, shape, shape), tested, False, None
+    first = next(iter(tested.values()))
+    return adopt_from(first.get('config'), first['model_args'], config, GPTConfig, shape), tested, False, None
 
 
-def adopt_from(saved, config, shape, fixed):
+def adopt_from(made_with, model_args, config, GPTConfig, fixed):
     """
-    The settings of a checkpoint and those of its model, shape, taken over, see overrides.adopt. It goes on as it was
-    made: a setting that it lacks is what the code did that wrote it.
+    The settings that weights were made with, None where they name none, and those of their model taken over, see
+    overrides.adopt. They go on as they were made: a setting that is younger than they are is what the code then did.
     """
-    found = saved.get('config', {}) | {name: saved['model_args'][name] for name in shape}
-    older = {name: value for name, value in rules.BEFORE.items() if name not in found} if 'config' in saved else {}
-    if older:
-        print(f'Older than a setting, the checkpoint stands for {", ".join(f"{k} = {v}" for k, v in older.items())}')
-    found |= older
+    made_with = made_with or {}
+    model_args = model_args or {f.name: f.default for f in fields(GPTConfig) if f.name not in made_with}
+    found = made_with | {name: model_args[name] for name in shaping(config, GPTConfig) if name in model_args}
     if {'max_iters', 'max_minutes'} & overrides.given:
         found.pop('max_epochs', None)  # it would outdo them
-    return overrides.adopt(config, found, fixed)
+    config = overrides.adopt(config, found, fixed)
+    for name, value in earlier.SETTINGS.items() if made_with else ():
+        if name in config and name not in {*found, *overrides.given} and config[name] != value:
+            config[name] = value
+            print(f'{name} = {value}: the checkpoint is older than this setting, and this is what the code did then')
+    return config
 
 
 def model_config(saved, meta, config, GPTConfig):
@@ -109,7 +114,7 @@ def model_config(saved, meta, config, GPTConfig):
     The GPTConfig of a run: its fields that are settings as these are, the others as the weights that it begins with
     have them, if any. Those must fit the dataset; where tokens are hidden the vocabulary holds an id for that.
     """
-    checkpoints.check_fit(saved, config['block_size'], meta)
+    checkpoints.check_fit(saved, meta)
     has_mask = config['mask_prob'] > 0
     args = saved.get('model_args', {'vocab_size': tokens.padded_vocab_size(meta, has_mask)})
     args = args | {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
@@ -133,7 +138,7 @@ def restore(saved, is_resume, config, model, optimizer, scaler, average, device)
     """
     state, is_other_text = RunState().to(device), False
     if saved and not is_resume:
-        checkpoints.fill(model, model.resized(saved['model']))
+        checkpoints.fill(model, saved['model'])
     if is_resume:
         state.take(saved)
         checkpoints.restore(saved, model, optimizer, scaler)

@@ -17,7 +17,7 @@ def measure(tested, GPT, GPTConfig, which, settings, data, meta, device, dtype):
     """
     models, batch_size = {}, settings['batch_size']
     for path, saved in tested.items():
-        checkpoints.check_fit(saved, saved['model_args']['block_size'], meta)
+        checkpoints.check_fit(saved, meta)
         models[path] = GPT(checkpoints.config_of(saved, GPTConfig, path)).to(device)
         checkpoints.fill(models[path], checkpoints.weights(saved, which), path)
         print(f'checkpoint: {path}, after {saved["iter_num"]} steps')

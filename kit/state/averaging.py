@@ -36,11 +36,12 @@ def different_steps(folder, pattern):
     return dict(sorted(found.items(), reverse=True))
 
 
-def mean(paths, shares):
+def mean(paths, shares, parameters=None):
     """
     The weighted mean of the raw weights of checkpoints, {name: tensor}; the shares add up to 1. Each file is read
     once, a piece at a time, summed in float64 and compared with its checksums on the way: the memory taken is that of
-    the result, however many there are. Raises checkpoints.Damaged, and ValueError where a weight is not finite.
+    the result, however many there are. Raises checkpoints.Damaged, and ValueError where one of the parameters (names;
+    None: all) is not finite; a buffer, such as a mask, may be infinite.
     """
     opened = [checkpoints.open_lazily(path) for path in paths]
     result, by_place, checks = {}, {}, []
@@ -55,7 +56,7 @@ def mean(paths, shares):
             result[name] = by_place[place]
         for check in checks:
             check.result()
-    for name in result:
+    for name in parameters or result:
         if not checkpoints.is_finite(result[name]):
             bad = [path for path, (one, _) in zip(paths, opened) if not checkpoints.is_finite(one['model'][name])]
             raise ValueError(f'{bad[0] if bad else "the mean"}: {name} holds numbers that are not finite')

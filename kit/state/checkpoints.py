@@ -13,6 +13,7 @@ import platform
 import random
 import shutil
 import sys
+import textwrap
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -37,12 +38,13 @@ class Damaged(Exception):
 # writing
 
 
-def save(checkpoint, folder, names, stop_on_error=False):
+def save(checkpoint, folder, names, stop_on_error=False, parameters=None):
     """
     Write a checkpoint once and give it each of the names, in their order (e.g. step_0000500.pt, best.pt, ckpt.pt: what
     a resume takes comes last, when all the others are there). It is written beside, synced to the disk, its checksums
     are checked, then it is renamed: a name always holds a whole file, the old one or the new one, whenever the power
-    goes. A best.pt that is better, or whose loss is a number where the new one is none, stays.
+    goes. A best.pt that is better, or whose loss is a number where the new one is none, stays. parameters: names of
+    the weights, which must be finite, None for all; a buffer, such as a mask, may be infinite.
 
     Returns whether it was saved. Where it could not be, the older checkpoints are untouched, and one line says why:
     a run is worth more than one checkpoint. With stop_on_error it ends the script.
@@ -54,7 +56,7 @@ def save(checkpoint, folder, names, stop_on_error=False):
         names = [name for name in names if name != 'best.pt']
         print(f'{folder / "best.pt"} stays: it is better')
     try:
-        if bad := [name for name, tensor in checkpoint['model'].items() if not is_finite(tensor)]:
+        if bad := [name for name in parameters or checkpoint['model'] if not is_finite(checkpoint['model'][name])]:
             raise OSError(f'{bad[0]} holds numbers that are not finite')
         if not folder.exists():
             print(f'WARNING: {folder} is gone; it is made again')
@@ -291,10 +293,10 @@ def peek(path):
 
 def load(path, resume=False):
     """
-    A checkpoint of this project or of nanoGPT, on the CPU, its model's names without the prefix and the masks that
-    torch.compile and old versions have left there. Every byte is verified; nothing in the file is run. resume: it must
-    hold the state of the training too, and is read into memory; else its tensors stay on the disk until they are used.
-    Whether its model is the one of today's model.py, build and fill see.
+    A checkpoint of this project or of nanoGPT, on the CPU, its model's names without the prefix that torch.compile has
+    left there. Every byte is verified; nothing in the file is run. resume: it must hold the state of the training too,
+    and is read into memory; else its tensors stay on the disk until they are used. Whether its model is the one that
+    model.py makes is seen in config_of and fill.
     """
     if not Path(path).exists():
         fail(f'{path}: there is no such checkpoint')
@@ -335,17 +337,9 @@ def open_unverified(path, resume=False):
     checkpoint['iter_num'] = int(checkpoint['iter_num'])
     for key in ('model', 'ema', 'swa'):
         if key in checkpoint:
-            state = {name.removeprefix('_orig_mod.'): value for name, value in checkpoint[key].items()}
-            checkpoint[key] = {name: value for name, value in state.items() if not is_mask(value)}
+            checkpoint[key] = {name.removeprefix('_orig_mod.'): value for name, value in checkpoint[key].items()}
     check_form(checkpoint, resume)
     return checkpoint
-
-
-def is_mask(tensor):
-    """Whether this is the causal mask (1, 1, T, T) that nanoGPT's attention kept among the weights before PyTorch 2."""
-    shape = tensor.shape
-    return (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3] > 1
-            and torch.equal(tensor, torch.ones_like(tensor).tril()))
 
 
 def is_no_damage(error):
@@ -476,32 +470,42 @@ def config_of(saved, GPTConfig, path):
     try:
         config = GPTConfig(**saved['model_args'])
     except (TypeError, ValueError) as error:
-        words = str(error).replace('GPTConfig.__init__()', 'GPTConfig')
-        fail(f'{path} holds another model than model.py makes: {words}')
+        fail_of_another_model(path, str(error).replace('GPTConfig.__init__()', 'GPTConfig'))
     saved['model_args'] = asdict(config)
     return config
 
 
-def fill(model, state, path=''):
+def fill(model, state, path='the checkpoint'):
     """Load weights into a model, which judges them: where they do not fit, the script ends with its words."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(model.fitted(state))
+    except ValueError as error:
+        fail(error)
     except RuntimeError as error:
-        reason = ' '.join(' '.join(str(error).splitlines()[1:]).split())
-        fail(f'{path or "the checkpoint"} holds weights of another model than model.py makes: {reason[:300]}')
+        lines = str(error).splitlines()
+        fail_of_another_model(path, textwrap.shorten(' '.join(lines[1:] or lines), 300))
+
+
+def fail_of_another_model(path, words):
+    fail(f'{path} holds another model than model.py makes: {words}; the one that made it is in source.zip of its run')
 
 
 def restore(saved, model, optimizer, scaler):
     """Put the objects of a training back to where a checkpoint has them. nanoGPT's have fewer."""
     fill(model, saved['model'])
-    try:
-        optimizer_state.restore(optimizer, saved['optimizer'])
-        if saved.get('scaler') and scaler.is_enabled():  # empty where the loss was not scaled
-            scaler.load_state_dict(saved['scaler'])
-        restore_random_states(saved.get('random_states'))
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        fail(f'the state of the optimizer does not fit ({type(error).__name__}: {error}); take the weights alone: '
-             '--init_from=FILE.pt')
+    for what, load in ('optimizer', lambda: optimizer_state.restore(optimizer, saved['optimizer'])), (
+            'scaler', lambda: restore_scaler(scaler, saved.get('scaler'))), (
+            'random number generators', lambda: restore_random_states(saved.get('random_states'))):
+        try:
+            load()
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            fail(f'the state of the {what} does not fit ({type(error).__name__}: {error}); take the weights alone: '
+                 '--init_from=FILE.pt')
+
+
+def restore_scaler(scaler, state):
+    if state and scaler.is_enabled():  # empty where the loss was not scaled
+        scaler.load_state_dict(state)
 
 
 def random_states():
@@ -528,15 +532,13 @@ def versions():
             'cuda': torch.version.cuda}
 
 
-def check_fit(saved, block_size, meta):
-    """Saved weights must know the ids of the dataset and the positions of a row; of these they may have more."""
+def check_fit(saved, meta):
+    """Saved weights, if any, must know the ids of the dataset."""
     if not saved:
         return
-    known = saved['model_args']
-    if meta['vocab_size'] > known['vocab_size']:
-        fail(f'dataset: it has {meta["vocab_size"]:,} ids and these weights know {known["vocab_size"]:,}; '
-             'prepare the text with their tokenizer')
+    known = saved['model_args']['vocab_size']
+    if meta['vocab_size'] > known:
+        fail(f'dataset: it has {meta["vocab_size"]:,} ids and these weights know {known:,}; prepare the text with '
+             'their tokenizer')
     if not is_same_tokenizer(meta['tokenizer'], saved.get('meta', meta)['tokenizer']):
         fail('dataset: its ids mean other tokens than those of these weights; prepare the text with their tokenizer')
-    if block_size > known['block_size']:
-        fail(f'block_size = {block_size}: these weights know {known["block_size"]} positions, no more')
