@@ -58,6 +58,8 @@ class GPTConfig:
             raise ValueError(f'n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout} should be a share below 1')
+        if self.gelu_approximate not in ('none', 'tanh'):
+            raise ValueError(f"gelu_approximate = {self.gelu_approximate!r} should be 'none' or 'tanh'")
 
     def args(self):
         """model_args of a checkpoint: nanoGPT's fields, so that it can read them; others where they are no defaults."""

@@ -245,6 +245,7 @@ def update(step, lr):
     the rate that was used) and the (n,) norms of the parameters' gradients.
     """
     optimizer.zero_grad(set_to_none=True)
+    bad_steps.begin()
     torch.manual_seed(batches.torch_seed(seed, step, ranks.rank))  # dropout draws anew, so a resume needs no history
     loss_of_step = 0.0
     for micro_step in range(micro_steps):

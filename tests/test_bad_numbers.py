@@ -101,6 +101,32 @@ def test_bad_steps_between_the_lines_are_told(hooked):
     assert '2 of the steps up to 5 was not finite' in result.out and '1 of the steps up to 9' in result.out
 
 
+def test_a_bad_number_stays_out_of_the_buffers(hooked, tiny):
+    """Of a model that changes them in its forward pass, the sixth here: two looks go before the first step."""
+    code = '''
+import model, torch
+old_init, old_forward, calls = model.GPT.__init__, model.GPT.forward, [0]
+def init(self, config):
+    old_init(self, config)
+    self.register_buffer('mean', torch.zeros(()))
+    self.register_buffer('count', torch.zeros((), dtype=torch.int64))
+def forward(self, *args):
+    logits, loss = old_forward(self, *args)
+    if self.training:
+        calls[0] += 1
+        factor = float('nan') if calls[0] == 6 else 1.0
+        self.mean.lerp_(logits.detach().abs().mean() * factor, 0.1)
+        self.count += 1
+        loss = loss * factor
+    return logits, loss
+model.GPT.__init__, model.GPT.forward = init, forward
+'''
+    result = hooked(code, '--ema_decay=0.9')
+    assert result.status == 0 and '1 of the steps up to 3 was not finite' in result.out, result.out + result.err
+    saved = state(tiny / 'checkpoints')
+    assert saved['model']['mean'].isfinite() and saved['model']['count'] == 9 == saved['ema']['count']
+
+
 @pytest.mark.parametrize('what, value', [('loss', 'float("inf")'), ('gradient', 'float("nan")')])
 def test_a_bad_number_of_one_rank_is_skipped_on_all(pair, tiny, what, value):
     args = '--gradient_accumulation_steps=2', '--max_iters=5', '--ema_decay=0.9'

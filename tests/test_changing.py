@@ -3,13 +3,14 @@ What a change costs: changes of docs/changing.md, and some more, made in a copy 
 way with its scripts: trained, killed, resumed, sampled, tested, averaged, plotted, swept.
 """
 
+import math
 import re
 import shutil
 import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, TINY, records
+from conftest import ROOT, TINY, losses, records
 
 from kit.watch import curves, runlogs
 
@@ -188,14 +189,21 @@ def test_parameters_and_buffers_of_all_kinds(tree, tiny):
         self.register_buffer('phases', torch.polar(torch.ones(4), torch.arange(4.0)))
         self.register_buffer('nothing', torch.zeros(0))
         self.register_buffer('n_seen', torch.zeros((), dtype=torch.int64))
+        self.register_buffer('size', torch.zeros(()))
+        self.register_buffer('future', torch.full((16, 16), -math.inf).triu(1))
+        self.register_buffer('mask', torch.ones(1, 1, 16, 16).tril())  # as nanoGPT's
         self.transformer''')
     tree.change('model.py', '        return self.transformer.ln_f(x)', '''        self.n_seen += self.training
+        if self.training:
+            self.size.lerp_(x.detach().abs().mean(), 0.1)
         return self.gain * self.phases.abs().mean() * self.transformer.ln_f(x)''')
-    whole_way(tree, tiny, '--ema_decay=0.9', '--tensorboard=True', is_drawn=True)
+    whole_way(tree, tiny, '--ema_decay=0.9')
     saved = torch.load(tiny / 'checkpoints/ckpt.pt', weights_only=True)
     average = torch.load(tiny / 'checkpoints/averaged_model.pt', weights_only=True)['model']
     for weights in saved['model'], saved['ema'], average:
         assert weights['phases'].is_complex() and len(weights['nothing']) == 0 and weights['gain'].isfinite()
+        assert weights['n_seen'] == 10 and weights['size'] == saved['model']['size'] or weights is average
+        assert torch.equal(weights['future'], torch.full((16, 16), -math.inf).triu(1)) and weights['mask'].sum() == 136
     assert tree.changed == {'model.py'}
 
 
@@ -221,10 +229,11 @@ def test_another_optimizer_and_a_bad_loss(tree, tiny):
     assert tree.changed == {'train.py'}
 
 
-def test_a_term_of_the_loss_and_its_figure(tree, tiny):
+def test_a_term_of_the_loss_and_its_figure(tree, tiny, train):
     tree.make('The loss')
     tree.make('A figure')
     tree.make('An evaluation')
+    assert losses(tree.train('--out_dir=without')) == losses(train('--out_dir=before'))  # with a weight of 0
     steps, _ = whole_way(tree, tiny, '--z_loss=0.01', is_drawn=True)
     assert all(r['z'] > 0 and r['weights/norm'] > 0 for r in steps) and len({r['z'] for r in steps}) > 5
     drawn, _ = curves.own_panels([runlogs.read(tiny / 'checkpoints')])
@@ -262,7 +271,9 @@ def test_a_batch_mode_and_a_sink(tree, tiny):
     tree.make('A batch mode')
     assert tree.changed == {'kit/data/readers.py', 'train.py'}
     tree.make('A sink')
-    whole_way(tree, tiny, '--batch_mode=aligned')
+    steps, _ = whole_way(tree, tiny, '--batch_mode=aligned')
+    tree.train('--out_dir=windows')
+    assert not {r['loss'] for r in steps} & {r.get('loss') for r in records(tiny / 'windows')}
     steps = [int(line.split(',')[0]) for line in (tiny / 'checkpoints/loss.csv').read_text().splitlines()]
     assert steps == [*range(7), *range(5, 10)]
 

@@ -56,7 +56,8 @@ def test_300_flipped_bits_and_cut_ends(trained, capsys):
         else:
             found += 1
             assert taken.name == 'step_0000005.pt' and checkpoint['iter_num'] == 5
-            assert f'{path} is damaged' in capsys.readouterr().out
+            out = capsys.readouterr().out  # a bit of an entry's header makes it one that torch.save does not write
+            assert f'{path} is damaged' in out or f'{path} is no checkpoint' in out and 'entry' in out
     assert found > 150 and harmless > 0
 
 

@@ -1,11 +1,12 @@
 """Any optimizer: a bad step is skipped whole, a resume is exact, and a state that does not fit is one line."""
 
 import copy
+import math
 import re
 
 import pytest
 import torch
-from conftest import losses, records
+from conftest import hooked_script, losses, records
 from test_bad_numbers import NO_MORE, spoil, state
 
 from kit.learn import optimizer_state, optimizers
@@ -136,6 +137,15 @@ def test_back_over_bad_steps_with_another_optimizer(hooked, tiny):
     assert all(value.isfinite().all() for value in saved['ema'].values())
 
 
+def test_on_two_processes(pair, tiny):
+    """A bad number on one of them; both leave the step out, and are as one process that never made it."""
+    args = '--gradient_accumulation_steps=2', '--max_iters=8', '--save_interval=4'
+    result = pair(*args, script=hooked_script(tiny, NADAM + spoil([3, 6], rank='1') + WATCH))
+    assert result.status == 0 and result.out.count('nothing moved: True') == 2, result.out + result.err
+    steps = state(tiny / 'checkpoints')['optimizer']['state'][0]['step']
+    assert steps == 6 and all(w.isfinite().all() for w in state(tiny / 'checkpoints')['model'].values())
+
+
 def test_float16_with_another_optimizer(hooked, tiny):
     """A gradient that overflows the scaled loss is no bad step, and skipped all the same."""
     result = hooked(NADAM + spoil([2, 3], 'gradient', 'float("inf")') + WATCH, '--dtype=float16', '--max_iters=5')
@@ -153,9 +163,10 @@ def test_the_other_ways_to_launch_it(hooked, tiny):
     assert replayed.status == 0 and 'Traceback' not in replayed.err, replayed.out + replayed.err
 
 
-def test_one_that_wants_a_closure(hooked):
+def test_one_that_wants_a_closure(hooked, tiny):
     result = hooked(MAKE.format(line='torch.optim.LBFGS(p, lr=lr)'))
     assert result.status == 2 and result.err.count('\n') == 1 and 'LBFGS computes the loss several times' in result.err
+    assert not (tiny / 'checkpoints').exists()
 
 
 def test_resume_with_another_optimizer(hooked, trained):
@@ -182,6 +193,7 @@ DAMAGES = {
     'nothing': (moment(lambda m: None), 'exp_avg of parameter 0 is of type NoneType'),
     'a count of a shape': (moment(lambda m: torch.ones(2), 'step'), r'step of parameter 0 is float32 of shape \(2,\)'),
     'missing': (lambda saved: saved['state'][0].pop('exp_avg_sq'), 'parameter 0 lacks exp_avg_sq'),
+    'extra': (lambda saved: saved['state'][0].update(momentum=torch.ones(2)), 'parameter 0 has momentum'),
     'no dict': (lambda saved: saved['state'].update({0: torch.ones(2)}), 'what it has of parameter 0 is float32'),
     'of no parameter': (lambda saved: saved['state'].update({99: saved['state'][0]}), 'moments of parameter 99'),
     'one index less': (lambda saved: saved['param_groups'][0]['params'].pop(),
@@ -279,8 +291,9 @@ def test_restored_it_goes_on_as_if_nothing_had_been(name):
 
 
 @pytest.mark.parametrize('mine, theirs', [
-    ('NAdam', 'AdamW'), ('AdamW', 'momentum'), ('momentum', 'AdamW'), ('amsgrad', 'AdamW'), ('Adafactor', 'AdamW'),
-    ('Muon', 'RMSprop'), ('odd', 'AdamW'), ('AdamW', 'odd'), ('ASGD', 'AdamW')])
+    ('AdamW', 'NAdam'), ('NAdam', 'AdamW'), ('AdamW', 'momentum'), ('momentum', 'AdamW'), ('SGD', 'momentum'),
+    ('AdamW', 'amsgrad'), ('amsgrad', 'AdamW'), ('Adafactor', 'AdamW'), ('Muon', 'RMSprop'), ('odd', 'AdamW'),
+    ('AdamW', 'odd'), ('ASGD', 'AdamW')])
 def test_of_another_kind(mine, theirs):
     _, other = trained_with(KINDS[theirs])
     with pytest.raises(ValueError, match='parameter 0 (lacks|has) .*: it is of another optimizer than'):
@@ -315,17 +328,26 @@ def test_a_moment_that_lies_otherwise_in_memory():
     assert all(map(torch.equal, params, others))
 
 
-def test_what_cannot_be_tried_out_is_looked_at_by_its_size():
-    """Adafactor reads numbers: only what it has made by then is known of it."""
-    _, optimizer = trained_with(torch.optim.Adafactor)
+def test_a_late_moment_of_ones_own_is_looked_at_by_its_size():
+    """What no step of it has made yet: where it is of as many numbers as the parameter it must have its shape."""
+    _, optimizer = trained_with(odd, 3)
     for value, fits in ((torch.ones(4, 6), False), (torch.ones(6, 4), True), (torch.ones(24), True)):
         saved = copy.deepcopy(optimizer.state_dict())
-        saved['state'][0]['more'] = value
+        saved['state'][0]['late'] = value
         if fits:
-            optimizer_state.restore(torch.optim.Adafactor(parameters()), saved)
+            optimizer_state.restore(odd(parameters()), saved)
         else:
-            with pytest.raises(ValueError, match=r'more of parameter 0 is float32 of shape \(4, 6\), and must'):
-                optimizer_state.restore(torch.optim.Adafactor(parameters()), saved)
+            with pytest.raises(ValueError, match=r'late of parameter 0 is float32 of shape \(4, 6\), and must'):
+                optimizer_state.restore(odd(parameters()), saved)
+
+
+def test_a_factor_of_another_shape():
+    _, optimizer = trained_with(torch.optim.Adafactor)
+    for value in torch.ones(1, 1), torch.ones(6, 4), torch.ones(6):
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved['state'][0]['row_var'] = value
+        with pytest.raises(ValueError, match='row_var of parameter 0 is float32 of shape .*, and must'):
+            optimizer_state.restore(torch.optim.Adafactor(parameters()), saved)
 
 
 def test_a_state_that_the_constructor_begins():
@@ -393,18 +415,58 @@ def test_trying_it_out_leaves_all_as_it_was():
     assert all(optimizer_state.try_out(optimizer, params))  # although it holds a verdict
 
 
-def test_adamw_does_not_wait():
+def test_adamw_does_not_wait(monkeypatch):
     """The verdict stays on the device: a tensor of it that is asked for its value on the host would raise."""
     class Verdict(torch.Tensor):
         def __bool__(self):
             raise AssertionError('the host waited')
         item = tolist = __float__ = __bool__
     params, optimizer = trained_with(fused)
-    optimizer.step = lambda: None
+    quiet = lambda optimizer: None
+    quiet.__module__ = 'torch.optim.adamw'
+    monkeypatch.setattr(torch.optim.AdamW, 'step', quiet)
     optimizers.step(optimizer, torch.tensor(False).as_subclass(Verdict))
     assert optimizer.found_inf.as_subclass(torch.Tensor) == 1
     with pytest.raises(AssertionError, match='the host waited'):
         optimizers.step(torch.optim.NAdam(params), torch.tensor(False).as_subclass(Verdict))
+
+
+@pytest.mark.parametrize('change', [
+    lambda optimizer, params: optimizer.register_step_post_hook(lambda *_: params[0].data.mul_(0.9)),
+    lambda optimizer, params: setattr(optimizer, 'step', lambda: params[0].data.mul_(0.9)),
+    lambda optimizer, params: optimizer.param_groups[0].update(fused=False)])
+def test_what_belongs_to_a_step_is_skipped_too(change):
+    params, optimizer = trained_with(fused)
+    change(optimizer, params)
+    before = copy.deepcopy([params, optimizer.state_dict()])
+    params[0].grad.fill_(math.nan)
+    optimizers.step(optimizer, torch.tensor(False))
+    assert all(map(torch.equal, params, before[0])) and same(optimizer.state_dict(), before[1])
+
+
+def test_a_resume_of_one_that_holds_the_parameters(hooked, tiny):
+    """In a function of its own: a step that is tried out moves them, before the weights are loaded."""
+    code = """
+import torch
+from kit.learn import optimizers
+class Holds(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        self.decay = lambda: [p.data.mul_(0.9) for p in params]
+        super().__init__(params, {'lr': lr})
+    def step(self):
+        self.decay()
+        for p in self.param_groups[0]['params']:
+            self.state[p]['n'] = self.state[p].get('n', 0) + 1
+            p.data.sub_(self.param_groups[0]['lr'] * p.grad)
+        print('a step of it')
+optimizers.adamw = lambda model, weight_decay, lr, betas: Holds(list(model.parameters()), lr)
+"""
+    whole = hooked(code, '--out_dir=whole')
+    (tiny / 'cut').mkdir()
+    (tiny / 'whole/step_0000005.pt').rename(tiny / 'cut/ckpt.pt')
+    rest = hooked(code, '--init_from=resume', '--out_dir=cut')
+    assert [*losses(whole).items()][5:] == [*losses(rest).items()] and rest.out.count('a step of it') == 5, rest.err
+    assert same(state(tiny / 'whole')['model'], state(tiny / 'cut')['model'])
 
 
 def test_a_step_around_that_of_torch_is_skipped_too():

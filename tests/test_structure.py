@@ -1,9 +1,12 @@
 """Who may import whom, read from the source: scripts, model.py and the subpackages of kit."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob('*.py') if path.stem != 'model')
@@ -20,6 +23,7 @@ def imports(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'{path}: imports from the root on, so that this test sees them'
             names |= {f'{node.module}.{alias.name}' for alias in node.names} | {node.module}
     return names
 
@@ -64,6 +68,21 @@ def test_no_circles():
 def test_one_module_knows_torch_distributed():
     assert [name for name, path in MODULES.items() if any('torch.distributed' in other or 'torch.nn.parallel' in other
                                                           for other in imports(path))] == ['kit.base.ranks']
+
+
+@pytest.mark.parametrize('name', [name for name in MODULES if name != 'kit.state.pretrained'])
+def test_kit_knows_no_parameter_by_its_name(name):
+    """Nor a module of the model, in strings or attributes; the exchange with other formats apart."""
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=8))
+    names = {part for parameter in model.state_dict() for part in parameter.split('.') if len(part) > 2}
+    names -= {'weight', 'bias'}
+    assert {'wte', 'wpe', 'ln_f', 'c_attn', 'lm_head'} <= names
+    tree = ast.parse(MODULES[name].read_text(encoding='utf-8'))
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    used = {word for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            and id(node) not in docs for word in re.findall(r'\w+', node.value)}
+    used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not used & names
 
 
 def test_the_loop_reads_as_the_algorithm():

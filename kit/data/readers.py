@@ -426,6 +426,8 @@ def reader(name, folder, split, data, meta, s):
         print(f'packed: {split} of {name} has {packed.n_documents:,} documents in {packed.n_numbers:,} rows; '
               f'{packed.cropped:.2%} of its tokens are cropped, that is cut off from the begin of their document')
         return packed
+    if mode != 'padded':
+        fail(f'batch_mode = {mode!r}: kit/data/readers.py has no such mode')
     places = tokens.read_rows(folder, split, len(data))
     if places is None:
         fail(f'batch_mode = {mode!r}: {name} holds no pairs (no {split}.rows.npy); python prepare.py --input=FILE.tsv '

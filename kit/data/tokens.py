@@ -290,7 +290,7 @@ def check_meta(meta):
         int(entry['tokens']), str(entry['sha256'])
     kind = meta['tokenizer']['kind']
     if kind not in KINDS:
-        raise ValueError(f'its tokenizer is of kind {kind!r}')
+        raise ValueError(f'its tokenizer is of kind {kind!r}, which kit/data/tokens.py does not have')
     if kind == 'char' and len(''.join(meta['tokenizer']['chars'])) < meta['vocab_size']:
         raise ValueError('it has fewer characters than ids')
     return meta

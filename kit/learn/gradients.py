@@ -82,7 +82,7 @@ def values(model):
     for name, p in model.named_parameters():
         for kind, tensor in ('Parameters', p.detach()), ('Gradients', p.grad):
             if tensor is not None:
-                some = spread(tensor).float()
+                some = spread(torch.view_as_real(tensor) if tensor.is_complex() else tensor).float()
                 found[f'{kind}/{name}'] = some[some.isfinite()].cpu().numpy()
     return found
 
@@ -106,7 +106,8 @@ def at_fault(model, norms):
 class BadSteps:
     """
     Steps whose loss or gradient is not finite. They are skipped, and counted in state.bad_steps: in a row up to now,
-    and since the last iter line. Nothing here waits for the device but warn, and what float16 needs.
+    and since the last iter line. Nothing here waits for the device but warn, and what float16 needs. In each step
+    begin() comes first, then note().
     """
 
     def __init__(self, state, model, scaler):
@@ -115,16 +116,22 @@ class BadSteps:
         self.is_bad = torch.zeros((), dtype=torch.bool, device=device)  # whether the newest one was
         self.norms = torch.zeros(len(list(model.parameters())), device=device)  # of the last bad one's gradients
 
+    def begin(self):
+        """Keep the model's buffers, if any: a forward pass may change them, and a bad one must not."""
+        self.buffers = [buffer.clone() for buffer in self.model.buffers()]
+
     def note(self, loss, norms, is_good):
         """
-        Count a step, and let the scale of float16 move. loss: of the step; norms: (n,) of the parameters' gradients;
-        is_good: whether all is finite. While the scale is above 1, a norm that overflows only lowers it, and is no bad
-        step; a bad step is no fault of the scale, which stays.
+        Count a step, put the buffers of a bad one back, and let the scale of float16 move. loss: of the step; norms:
+        (n,) of the parameters' gradients; is_good: whether all is finite. While the scale is above 1, a norm that
+        overflows only lowers it, and is no bad step; a bad step is no fault of the scale, which stays.
         """
         self.is_bad = ~torch.isfinite(loss) if self.scaler.get_scale() > 1 else ~is_good
         in_a_row, since_line = self.state.bad_steps
         self.state.bad_steps = torch.stack([(in_a_row + 1) * self.is_bad, since_line + self.is_bad])
         self.norms = torch.where(self.is_bad, norms, self.norms)
+        for buffer, before in zip(self.model.buffers(), self.buffers):
+            buffer.copy_(torch.where(is_good, buffer, before))
         self.scaler.update(self.scaler.get_scale() if self.scaler.is_enabled() and self.is_bad else None)
 
     @property

@@ -1,9 +1,9 @@
-"""The saved state of an optimizer, whichever: compared with what it keeps of these parameters, then loaded."""
+"""The saved state of any optimizer: compared with what it keeps of these parameters, then loaded."""
 
 import copy
 import inspect
 from collections import OrderedDict, defaultdict
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 
 import torch
 from torch.optim import Optimizer
@@ -14,10 +14,10 @@ def restore(optimizer, state):
     """
     Load a saved state. What the constructor takes (decay, betas, ...) is as the code and the settings of now have it;
     what else is in the groups, such as a count of the optimizer's own, is as it was saved. Raises ValueError where the
-    state does not fit: a kernel would read past the end of a moment that is too short. An optimizer with a state_dict
-    of its own, as one made of several, looks after that itself: it can call this for each of them.
+    state does not fit: a kernel would read past the end of a moment that is too short. A state_dict of another form, as
+    that of an optimizer made of several, is its own affair: it can call this for each of them.
     """
-    if type(optimizer).state_dict is not Optimizer.state_dict:
+    if type(optimizer).state_dict is not Optimizer.state_dict and not {'state', 'param_groups'} <= state.keys():
         optimizer.load_state_dict(state)
         return
     sizes, here = ([len(group['params']) for group in groups] for groups in (state['param_groups'],
@@ -32,12 +32,12 @@ def restore(optimizer, state):
     fitted = dict(state['state'])
     for i, p, known in zip(indices, params, made):
         if i in fitted:
-            fitted[i] = fit(i, fitted[i], p, known, type(optimizer).__name__)
+            fitted[i] = fit(i, fitted[i], p, known, type(optimizer))
     if missing := [i for i, known in zip(indices, made) if known and not fitted.get(i)]:
         if len(missing) == len(params):
             raise ValueError(f'it has nothing of what {type(optimizer).__name__} keeps')
-        print(f'WARNING: the optimizer begins anew for {len(missing)} of {len(params)} parameters: the checkpoint has '
-              'nothing of them')
+        print(f'the optimizer begins anew for {len(missing)} of {len(params)} parameters: the checkpoint has nothing '
+              'of them, as where there was no gradient yet')
 
     settings = {name for kind in type(optimizer).__mro__ for name in inspect.signature(kind.__init__).parameters}
     settings -= {'params'}
@@ -70,7 +70,7 @@ def try_out(optimizer, params):
                '_optimizer_step_pre_hooks': OrderedDict(), '_optimizer_step_post_hooks': OrderedDict()}
         others = {name: value for name, value in optimizer.__dict__.items() if name not in own}
         originals = {id(p): stand_in for p, stand_in in zip(params, stand_ins)}  # a copy refers to none of these
-        with suppress(Exception):  # whatever one written by hand raises
+        with suppress(Exception), redirect_stdout(None):  # whatever one written by hand raises, or prints
             twin.__dict__ = copy.deepcopy(others, originals | {id(optimizer): twin}) | own
             type(optimizer).step(twin)
             return [state[p] for p in stand_ins]
@@ -80,7 +80,8 @@ def try_out(optimizer, params):
 def fit(index, moments, param, made, kind):
     """
     The saved moments {name: value} of a parameter. Raises ValueError where they are not what is made of it: what has
-    the shape of the parameter, and what is one number, must have that.
+    the shape of the parameter, and what is one number, must have that. Another shape is that of a factor, in torch's
+    own optimizers, or may be that of a history, which grows.
     """
     if not isinstance(moments, dict):
         raise ValueError(f'what it has of parameter {index} is {words(moments)}')
@@ -88,17 +89,23 @@ def fit(index, moments, param, made, kind):
         return {}
     if missing := made.keys() - moments.keys():
         raise ValueError(f'parameter {index} lacks {", ".join(sorted(missing))}: it is of another optimizer than '
-                         f'{kind}, or of other settings')
+                         f'{kind.__name__}, or of other settings')
+    strange = [name for name in moments.keys() - made.keys() if moments[name] is not None]
+    if strange and kind.__module__.startswith('torch.optim'):  # one written by hand may add something in later steps
+        raise ValueError(f'parameter {index} has {", ".join(sorted(map(str, strange)))}: it is of another optimizer '
+                         f'than {kind.__name__}, or of other settings')
     fitted = dict(moments)
     for name, value in moments.items():
         expected = made.get(name)
         if is_tensor(value) and name not in made and value.numel() == param.numel() and value.dim() == param.dim():
             expected = param
-        if not is_tensor(expected) or expected.dim() and expected.shape != param.shape:
-            continue  # a shape of its own, that of a history or a factor, is left to the optimizer
+        if not is_tensor(expected) or expected.dim() and expected.shape != param.shape and (
+                not kind.__module__.startswith('torch.optim')):
+            continue
         if shape_of(value) != shape_of(expected) or is_tensor(value) and kind_of(value) != kind_of(expected):
             raise ValueError(f'{name} of parameter {index} is {words(value)}, and must be {words(expected)}')
-        if expected.dim() and value.stride() != param.stride():  # kernels take the numbers as they lie in memory
+        if expected.shape == param.shape and is_tensor(value) and value.stride() != param.stride():
+            # kernels take the numbers as they lie in memory
             fitted[name] = torch.empty_strided(param.shape, param.stride(), dtype=value.dtype).copy_(value)
     return fitted
 

@@ -1,7 +1,6 @@
 """The optimizer of a model, which parameters decay, and a step that is left out where a number is not finite."""
 
 import inspect
-from functools import cache
 
 import torch
 
@@ -27,27 +26,28 @@ def step(optimizer, is_good):
     if takes_verdict(optimizer, is_good.device):
         optimizer.found_inf = (~is_good).float()
         optimizer.step()
-        return
-    tell_of_waiting(type(optimizer))
-    if is_good:
+    elif is_good:
         optimizer.step()
 
 
 def takes_verdict(optimizer, device):
     """Whether the optimizer itself leaves a bad step out, by its attribute found_inf."""
     kind = type(optimizer)
-    return (getattr(optimizer, '_step_supports_amp_scaling', False)
-            and device.type != 'mps'  # where it could not be tried
-            and kind is not torch.optim.SGD  # after a bad first step its kernel leaves the momentum unset
-            and kind.step.__module__.startswith('torch.optim'))  # a step written around torch's may do more
+    if not getattr(optimizer, '_step_supports_amp_scaling', False) or kind is torch.optim.SGD or device.type == 'mps':
+        return False  # fused SGD leaves its momentum unset after a bad first step; on mps it could not be tried
+    # what is written around torch's step, or called by it, may do more
+    is_plain = kind.step.__module__.startswith('torch.optim') and 'step' not in vars(optimizer)
+    has_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return is_plain and not has_hooks and all(group['fused'] for group in optimizer.param_groups)
 
 
-@cache  # once
-def tell_of_waiting(kind):
-    """Say that each step waits for the device; end the script where the optimizer wants what it cannot have."""
+def check(optimizer, device):
+    """End the script where an optimizer needs what it cannot have; say so where the host must wait in each step."""
+    kind = type(optimizer)
     closure = inspect.signature(kind.step).parameters.get('closure')
     if closure and closure.default is inspect.Parameter.empty:
         fail(f'{kind.__name__} computes the loss several times in a step (closure), which train.py cannot do; '
-             'choose another optimizer in kit/learn/optimizers.py')
-    print(f'{kind.__name__} cannot skip a bad step on the device: the host waits in each step until it knows that the '
-          'loss and the gradient are finite')
+             'choose another optimizer there')
+    if not takes_verdict(optimizer, device):
+        print(f'{kind.__name__} cannot skip a bad step on the device: the host waits in each step until it knows that '
+              'the loss and the gradient are finite')

@@ -34,6 +34,7 @@ def show(model, raw_model, x, y, documents, meta, device, dtype, from_scratch):
     except OSError:
         print(f'  x[0] = {x[0, :16].tolist()}... (the files of the tokenizer could not be downloaded)')
     seconds, first_loss = [], None
+    buffers = [buffer.clone() for buffer in raw_model.buffers()]  # a look changes nothing
     for _ in range(2):  # the first pass warms up
         start = time.perf_counter()
         with devices.autocast(device, dtype):
@@ -43,6 +44,8 @@ def show(model, raw_model, x, y, documents, meta, device, dtype, from_scratch):
         seconds.append(time.perf_counter() - start)
         first_loss = first_loss or loss.item()
     model.zero_grad(set_to_none=True)
+    for buffer, before in zip(raw_model.buffers(), buffers):
+        buffer.copy_(before)
     guess = math.log(c.vocab_size)
     print(f'first loss: {first_loss:.4f}; a fair guess among {c.vocab_size:,} ids would have {guess:.4f}')
     if from_scratch and not abs(first_loss - guess) < diagnosis.FIRST_LOSS_OFF:

@@ -57,7 +57,7 @@ class RunState:
                 continue
             try:
                 setattr(self, name, like(old, saved[key]))
-            except (TypeError, ValueError, RuntimeError):
+            except (TypeError, ValueError, OverflowError, RuntimeError):
                 fail(f'the checkpoint has {key} = {saved[key]!r}, and no run goes on from that; take the weights '
                      'alone: --init_from=FILE.pt')
         self.loaded_at = self.step

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 from kit.base import overrides, ranks
 from kit.data import tokens
-from kit.learn import averages
+from kit.learn import averages, optimizers
 from kit.run import earlier, replay
 from kit.run.run_state import KEPT, RunState
 from kit.state import checkpoints, provenance
@@ -136,6 +136,7 @@ def restore(saved, is_resume, config, model, optimizer, scaler, average, device)
     may have more positions or fewer ids. Returns its RunState, and whether it goes on with another text: then no loss
     so far is a mark.
     """
+    optimizers.check(optimizer, device)
     state, is_other_text = RunState().to(device), False
     if saved and not is_resume:
         checkpoints.fill(model, saved['model'])

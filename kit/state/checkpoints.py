@@ -34,6 +34,10 @@ class Damaged(Exception):
     """A file that will not do as a checkpoint, other bytes than were written or none of ours: which, and why."""
 
 
+class Foreign(Damaged):
+    """An archive that torch.save has not written."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # writing
 
@@ -322,12 +326,14 @@ def damaged(path, error):
     reason = f'{type(error).__name__}: {" ".join(str(error).split())[:80]}'
     if is_no_damage(error):
         fail(f'{path} cannot be read: {reason}')
-    if isinstance(error, Damaged):
+    if isinstance(error, Damaged) and not isinstance(error, Foreign):
         return Damaged(f'{path} is damaged ({error})')
     if isinstance(error, RuntimeError | zipfile.BadZipFile | EOFError | OSError):  # in the archive itself
         return Damaged(f'{path} is damaged ({reason})')
     if isinstance(error, pickle.UnpicklingError):
         reason = 'it asks for code, and that is never run'
+    elif isinstance(error, Foreign):
+        reason = error
     return Damaged(f'{path} is no checkpoint of flatGPT or nanoGPT ({reason})')
 
 
@@ -367,7 +373,7 @@ def verify(path):
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(check, range(threads)))
     except Exception as error:  # a broken archive raises many kinds
-        if is_no_damage(error):
+        if is_no_damage(error) or isinstance(error, Foreign):
             raise
         raise Damaged(f'other bytes than were written: {" ".join(str(error).split())[:80]}') from None
 
@@ -375,7 +381,7 @@ def verify(path):
 def check_entry(info):
     """What zipfile passes over and torch does not: an entry marked as a folder is read as zeros."""
     if info.is_dir() or info.external_attr & 0x10 or info.file_size != info.compress_size:
-        raise Damaged(f'the entry {info.filename} is none of torch.save')
+        raise Foreign(f'torch.save writes no entry like {info.filename}')
 
 
 def open_lazily(path):
@@ -498,9 +504,10 @@ def restore(saved, model, optimizer, scaler):
             'random number generators', lambda: restore_random_states(saved.get('random_states'))):
         try:
             load()
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
             fail(f'the state of the {what} does not fit ({type(error).__name__}: {error}); take the weights alone: '
                  '--init_from=FILE.pt')
+    fill(model, saved['model'])  # again: one step of the optimizer is tried out, and one of your own may hold them
 
 
 def restore_scaler(scaler, state):

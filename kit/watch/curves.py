@@ -23,9 +23,11 @@ def own_panels(histories, metric=''):
     The figures that have no panel in PANELS and get one of their own: {title: figures}, those that share what stands
     before '/' in one, as do train/a and val/a; and the figures that are left out. That of the metric comes first.
     """
-    known = {*NOT_DRAWN, *(name for names in PANELS.values() for name in names)}
+    shown = {name for names in PANELS.values() for name in names}
+    known = {*NOT_DRAWN, *shown}
     names = dict.fromkeys(name for history in histories for name in history.series
-                          if name not in known and not name.startswith(NOT_DRAWN_PREFIXES)
+                          if (name == metric and name not in shown
+                              or name not in known and not name.startswith(NOT_DRAWN_PREFIXES))
                           and np.isfinite(history.get(name)[1]).any())
     groups = {}
     for name in sorted(names, key=lambda name: name != metric):

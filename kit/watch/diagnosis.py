@@ -330,9 +330,10 @@ def plateau(h):
     train, val = h.last('train/loss', 1), h.last('val/loss', 1)
     words = f'the loss has stayed at {second:.4f} for {n} updates, at a high rate. '
     if len(train) and len(val) and val[0] - train[0] < SMALL_GAP * train[0]:
+        larger = [f'--n_layer={h.facts["n_layer"] + 2}'] if 'n_layer' in h.facts else []
+        larger += [f'--n_embd={2 * h.facts["n_embd"]}'] if 'n_embd' in h.facts else []
         return words + (f'Train and val are alike ({train[0]:.4f} and {val[0]:.4f}): the model underfits, it is too '
-                        f'small for this text: --n_layer={h.facts.get("n_layer", 2) + 2}, '
-                        f'--n_embd={2 * h.facts.get("n_embd", 64)}')
+                        f'small for this text: {", ".join(larger) or "a larger one"}')
     return words + ('It has converged as far as this rate allows; a lower one brings the rest'
                     + ('' if h.facts.get('decay_lr') else ': --decay_lr'))
 

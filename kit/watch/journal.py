@@ -203,7 +203,7 @@ class Journal:
                 print(line)
 
     def go_back(self, step, rewinds):
-        """The run goes back to a step, for the so manieth time: what it has recorded after that was not."""
+        """The run goes back to a step, and its records after that are dropped. rewinds: how often it has done so."""
         self.unread, self.on_device = {}, {}
         self.history.cut(step)
         self.record(step, {'rewinds': rewinds})
@@ -221,9 +221,10 @@ class Journal:
         try:
             args = [arg() if callable(arg) and not isinstance(arg, torch.nn.Module) else arg for arg in args]
         except Exception as error:  # no picture is worth a run
-            if what not in self.failed:
-                self.failed.add(what)
-                print(f'WARNING: no {what} from here on: {error}')
+            name = f'{what} {args[1]}' if len(args) > 2 else what  # image Attention, histograms
+            if name not in self.failed:
+                self.failed.add(name)
+                print(f'WARNING: no {name} from here on: {error}')
             return
         if self.waiting is not None:
             self.waiting.append((what, args))
