@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit.state import checkpoints
+from kit.state import checkpoints, folders
 
 
 def state(step, loss=2.0):
@@ -243,7 +243,7 @@ def test_a_folder_that_went_away_is_made_again(tmp_path):
 def test_two_runs_in_one_folder(train, tiny):
     """The second is refused, whether it goes on or begins, and moves nothing."""
     assert train().status == 0
-    lock = checkpoints.take_lock(tiny / 'checkpoints')  # this process is the first
+    lock = folders.take_lock(tiny / 'checkpoints')  # this process is the first
     for args in ['--init_from=resume', '--max_iters=20'], [], ['--init_from=auto']:
         result = train(*args)
         assert result.status == 2 and result.err.count('\n') == 1 and 'another run is writing there' in result.err
@@ -251,7 +251,7 @@ def test_two_runs_in_one_folder(train, tiny):
     lock.close()
     assert train().status == 0 and (tiny / 'checkpoints.1').exists()
     (tiny / 'checkpoints/inner').mkdir()
-    inner = checkpoints.take_lock(tiny / 'checkpoints/inner')  # a run in a folder of this one is not moved either
+    inner = folders.take_lock(tiny / 'checkpoints/inner')  # a run in a folder of this one is not moved either
     result = train()
     assert result.status == 2 and 'checkpoints/inner' in result.err and not (tiny / 'checkpoints.2').exists()
     inner.close()

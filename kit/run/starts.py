@@ -8,7 +8,7 @@ from kit.data import tokens
 from kit.learn import averages, optimizers
 from kit.run import earlier, replay
 from kit.run.run_state import KEPT, RunState
-from kit.state import checkpoints, provenance
+from kit.state import checkpoints, folders, provenance
 from kit.watch.journal import check_wandb
 
 
@@ -37,7 +37,7 @@ def find_start(config, trains, GPTConfig):
     out_dir, init_from, weights, saved, past = config['out_dir'], config['init_from'], config['weights'], {}, None
     path, shape = init_from, shaping(config, GPTConfig)
     if trains:  # what is read here must still be true when this run writes
-        ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=False, may_write=False))
+        ranks.from_main(lambda: folders.claim(out_dir, is_new=False, may_write=False))
     if config['inspect_step'] >= 0:  # with the settings that it was made with, from the last state before it
         init_from, path, saved, made_with, past = replay.find_past(out_dir, config['inspect_step'])
         weights = made_with.get('weights', weights)
@@ -156,7 +156,7 @@ def begin(config, model, data, tokens_per_step, warmup_steps, state, is_resume, 
     facts = {'vocab_size': model.config.vocab_size, 'parameters': model.count_params(),
              'tokens_per_step': tokens_per_step, 'warmup_iters': warmup_steps,
              'unigram_entropy': data.unigram_entropy()}
-    ranks.from_main(lambda: checkpoints.claim(out_dir, is_new=not is_resume))
+    ranks.from_main(lambda: folders.claim(out_dir, is_new=not is_resume))
     journal.open(out_dir, config, facts, state.step if is_resume else None)
     journal.show('model', model)
     if ranks.is_main:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from kit.base import overrides
 from kit.learn import schedules
-from kit.state import checkpoints
+from kit.state import folders
 from kit.watch import curves, runlogs
 from kit.watch.diagnosis import History
 
@@ -502,7 +502,7 @@ def claim(sweep, folder):
                 '.lock', '.sweep.json.part'}):
             overrides.fail(f'{folder} holds something that is no sweep; --out_dir=FOLDER takes another place')
         folder.mkdir(parents=True, exist_ok=True)
-        lock = checkpoints.take_lock(folder)
+        lock = folders.take_lock(folder)
         write(path, json.dumps(here, indent=1) + '\n')
     except OSError as error:
         overrides.fail(f'{folder}: nothing can be written there ({error.strerror}); --out_dir=FOLDER takes another '
