@@ -227,7 +227,7 @@ def feed_the_clock():
         self, idx, min(n, 40), *args, **kwargs)
     time.time = time.perf_counter = lambda: CLOCK[0]
     psutil.Process.create_time = lambda process: begin
-    wrap(torch.optim.AdamW, 'step', seconds=STEP)
+    wrap(kit('optimizers'), 'step', seconds=STEP)
     wrap(kit('evaluation'), 'measure', seconds=MEASURE)
     wrap(kit('checkpoints'), 'save', seconds=SAVE)
 

@@ -287,7 +287,7 @@ def test_blocks_are_layers_that_end_in_a_number():
         assert 'norm layer' not in lines[0]
     for name in 'ln_f', 'norm', 'final_LayerNorm', 'model.norm_f':
         _, lines = history(facts=known, **{f'update_ratio/{name}': ratio, 'update_ratio/embedding': ratio})
-        assert len(lines) == 1 and 'the gains of the last norm layer by 5.0%' in lines[0], name
+        assert len(lines) == 1 and 'the gains of the last LayerNorm by 5.0%' in lines[0], name
         assert 'blocks' not in lines[0]
     _, lines = history(facts=known, loss=lambda t: 3.0, **{
         'update_ratio/embedding': lambda t: 1e-6, 'update_ratio/mlnet': ratio, 'grad_norm/head': lambda t: 1.0})

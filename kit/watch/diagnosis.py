@@ -273,7 +273,7 @@ def rate_too_large(h):
     blocks, gains = ([ratio for name, ratio in ratios.items() if kind(name)] for kind in (is_block, is_norm))
     if blocks and np.median(blocks) > RATIO_HIGH or gains and gains[-1] > GAIN_RATIO_HIGH:
         moved = [f'the blocks by {np.median(blocks):.1%} of their weights (0.1% to 1.4% is healthy)'] if blocks else []
-        moved += [f'the gains of the last norm layer by {gains[-1]:.1%} (up to 0.2%)'] if gains else []
+        moved += [f'the gains of the last LayerNorm by {gains[-1]:.1%} (up to 0.2%)'] if gains else []
         return (f'an update moves {" and ".join(moved)}. Little can be learned in leaps like these: '
                 f'{lower_rate(h)}')
     losses = h.last('loss', 50 * RISEN)
