@@ -115,6 +115,7 @@ class BadSteps:
         device = next(model.parameters()).device
         self.is_bad = torch.zeros((), dtype=torch.bool, device=device)  # whether the newest one was
         self.norms = torch.zeros(len(list(model.parameters())), device=device)  # of the last bad one's gradients
+        self.buffers = []  # of the model, as they were before the newest step
 
     def begin(self):
         """Keep the model's buffers, if any: a forward pass may change them, and a bad one must not."""
