@@ -34,8 +34,8 @@ def clip_limit(recent, grad_clip, quantile):
 def layers(names):
     """
     {name of a parameter: its layer}, by the paths of the modules: a block of a series is one layer and ends in its
-    number, transformer.h.3.mlp.c_fc.weight -> h.3; else it is a module, transformer.wte.weight -> wte. The outermost
-    module is left out, unless two layers would have one name.
+    number, gpt.blocks.3.mlp.weight -> blocks.3; else it is a module, gpt.norm.weight -> norm. The outermost module is
+    left out, unless two layers would have one name.
     """
     paths = {}
     for name in names:
