@@ -285,18 +285,22 @@ def test_whether_all_numbers_are_finite(tensor, expected):
     assert checkpoints.is_finite(tensor) == expected
 
 
-@pytest.mark.parametrize('change, words', [
+OF_ANOTHER_MODEL = [
     (lambda saved: saved['model_args'].update(rope=True), "unexpected keyword argument 'rope'"),
+    (lambda saved: saved['model'].pop('transformer.wpe.weight'), 'Missing key(s)'),
     (lambda saved: saved['model_args'].update(n_layer='two'), "n_layer = 'two' should be of type int"),
     (lambda saved: saved['model_args'].update(n_embd=33), 'n_embd = 33 must be a multiple of n_head = 2'),
     (lambda saved: saved['model_args'].update(vocab_size=0), 'vocab_size = 0 should be 1 or more'),
-    (lambda saved: saved['model'].pop('transformer.wpe.weight'), 'Missing key(s)'),
     (lambda saved: saved['model'].update(scale=torch.ones(3)), 'Unexpected key(s) in state_dict: "scale"'),
     (lambda saved: saved['model_args'].update(n_embd=64), 'size mismatch for transformer.wte.weight'),
-])
-@pytest.mark.parametrize('script, args', [
-    ('train.py', ['--init_from=resume']), ('train.py', ['--test']), ('train.py', ['--init_from=checkpoints/ckpt.pt']),
-    ('sample.py', []), ('checkpoint_averaging.py', ['--num_checkpoints=1'])])
+]
+
+
+@pytest.mark.parametrize('script, args, change, words', [
+    *(('train.py', ['--init_from=resume'], *case) for case in OF_ANOTHER_MODEL),
+    *((*launch, *case) for case in OF_ANOTHER_MODEL[:2] for launch in [
+        ('train.py', ['--test']), ('train.py', ['--init_from=checkpoints/ckpt.pt']), ('sample.py', []),
+        ('checkpoint_averaging.py', ['--num_checkpoints=1'])])])
 def test_a_checkpoint_of_another_model_is_no_damage(run, tiny, trained, script, args, change, words):
     """Nor is another one taken in its place. The words are those of GPTConfig and of load_state_dict."""
     saved = torch.load(trained / 'ckpt.pt', weights_only=True)

@@ -645,6 +645,7 @@ def test_one_sweep_at_a_time_in_a_folder(sweep, project, tmp_path):
 BAYES = 'method = "bayes"\nmax_runs = 12\nlearning_rate = log_uniform(1e-5, 1.0)\neval_interval = 2\npace = 0.004\n'
 
 
+@pytest.mark.long
 def test_bayes_prunes_and_comes_near(sweep, tmp_path):
     pytest.importorskip('optuna')
     result = sweep(BAYES)
