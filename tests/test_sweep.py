@@ -661,6 +661,7 @@ def test_bayes_prunes_and_comes_near(sweep, tmp_path):
     assert sweep(BAYES, '--max_runs=13').status == 0 and len(table(tmp_path / 'sweeps/x')) == 13
 
 
+@pytest.mark.long
 def test_bayes_goes_on_after_a_kill(sweep, project, tmp_path):
     """With the set-ups that it would have had."""
     pytest.importorskip('optuna')
