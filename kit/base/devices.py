@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import torch
 
-from kit.base.overrides import fail
+from kit.base.errors import fail
 
 # dense bfloat16 (float16 before Ampere) peak in FLOP/s, from the makers' data sheets; the first name found counts
 PEAK_FLOPS = {

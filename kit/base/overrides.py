@@ -14,10 +14,8 @@ import ast
 import difflib
 import importlib.util
 import math
-import os
 import re
 import sys
-import time
 import tokenize
 import types
 from contextlib import redirect_stdout, suppress
@@ -25,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]  # the folder that holds train.py, config/ and data/
+from kit.base import errors
+from kit.base.errors import ROOT, fail
 
 TYPES = int, float, bool, str, type(None)  # of settings
 BOUND, WORD = r'-?\d[\d_]*(\.\d+)?(e-?\d+)?(\*\*\d+)?', r'[\w.-]+'
@@ -52,27 +51,6 @@ given = set()  # names that this command line or one of its config files has set
 running = Script({}, {}, set(), (), [])  # the script that has called apply
 
 
-def fail(message):
-    """
-    End the script over a mistake of its user's: one line on stderr, status 2, no traceback. Under torchrun every rank
-    finds the same mistakes and one of them tells: by the time the others would, torchrun has ended them.
-    """
-    if int(os.environ.get('RANK', 0)) > 0:
-        time.sleep(5)
-    print(f'{Path(sys.argv[0]).name}: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def tell(kind, error, trace):
-    """Ctrl-C is no fault of the script's, nor is `| head`, which has read enough."""
-    if issubclass(kind, KeyboardInterrupt):
-        print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
-    elif issubclass(kind, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
 def apply(settings, rules=(), operands=None):
     """
     Read sys.argv into the settings of a script.
@@ -87,7 +65,7 @@ def apply(settings, rules=(), operands=None):
     global running
     if hasattr(sys.stdout, 'reconfigure'):  # no character may end a run on a console that lacks it; live through pipes
         sys.stdout.reconfigure(errors='replace', line_buffering=True)
-    sys.excepthook = tell
+    sys.excepthook = errors.tell
     defaults = {k: v for k, v in settings.items() if not k.startswith('_') and type(v) in TYPES}
     if {'--help', '-h'} & set(sys.argv[1:]):
         print_help(settings, list(defaults))

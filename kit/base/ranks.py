@@ -9,11 +9,21 @@ One process alone is rank 0 of 1, and nothing here imports torch.distributed for
 import os
 import sys
 
-from kit.base.overrides import fail
+from kit.base.errors import explained, fail
 
-rank = int(os.environ.get('RANK', 0))
-local_rank = int(os.environ.get('LOCAL_RANK', 0))
-world_size = int(os.environ.get('WORLD_SIZE', 1))
+
+def variable(name, default):
+    """A whole number that torchrun puts into the environment."""
+    with explained(f'the environment has {name}={os.environ.get(name)}', f'start with torchrun, or unset {name}'):
+        number = int(os.environ.get(name, default))
+        if number < default:
+            raise ValueError(f'a number from {default} on is expected')
+    return number
+
+
+rank, local_rank, world_size = variable('RANK', 0), variable('LOCAL_RANK', 0), variable('WORLD_SIZE', 1)
+if rank >= world_size:
+    fail(f'the environment has RANK={rank} and WORLD_SIZE={world_size}; start with torchrun, or unset RANK')
 is_main = rank == 0
 between_hosts = None  # a group of gloo's, None = the default one
 
@@ -25,6 +35,9 @@ def start(backend, device):
     import torch.distributed as dist
     if backend == 'auto':
         backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
+    if missing := [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
+        fail(f'the environment has WORLD_SIZE={world_size} and no {missing[0]}; start several processes with torchrun, '
+             'or unset WORLD_SIZE')
     dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
     if backend == 'nccl':  # what the hosts say to each other must not wait for the devices
         global between_hosts

@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit.base.overrides import fail, require
+from kit.base.errors import fail
+from kit.base.overrides import require
 from kit.data import tokens
 
 SPLITS = ('train', 'val', 'test')

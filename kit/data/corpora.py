@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit.base.overrides import ROOT, fail, nearest, require
+from kit.base.errors import ROOT, fail
+from kit.base.overrides import nearest, require
 from kit.data import bins, documents, downloads, tokens
 
 SMALL = ('python_docs', 'python_docstrings', 'shakespeare_char', 'shakespeare')  # train.py makes them when missing

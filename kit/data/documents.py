@@ -15,7 +15,8 @@ import json
 import os
 from pathlib import Path
 
-from kit.base.overrides import fail, require
+from kit.base.errors import fail
+from kit.base.overrides import require
 
 TEXTS = ('.txt', '.md', '.py')  # a document a file
 ROWS = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.csv', '.parquet')  # a document a row

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from kit.base import ranks
-from kit.base.overrides import fail
+from kit.base.errors import fail
 from kit.data import batches, tokens
 
 

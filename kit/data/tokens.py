@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kit.base.overrides import ROOT, fail
+from kit.base.errors import ROOT, fail
 
 END = '<|endoftext|>'  # what stands behind each document, as text; its id is meta['end_of_text']
 

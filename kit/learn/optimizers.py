@@ -4,7 +4,7 @@ import inspect
 
 import torch
 
-from kit.base.overrides import fail
+from kit.base.errors import fail
 
 
 def adamw(model, weight_decay, learning_rate, betas):

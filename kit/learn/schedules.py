@@ -21,8 +21,9 @@ and wsd reach at lr_decay_iters, or max_iters; steps count from the end of the w
 import math
 from functools import cache
 
+from kit.base.errors import fail
 from kit.base.overrides import check as check_rules
-from kit.base.overrides import fail, given, nearest
+from kit.base.overrides import given, nearest
 from kit.watch.diagnosis import without_progress
 
 SPIKE = 2.0           # times the usual gradient norm from which on it counts as a spike,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kit.base import ranks
-from kit.base.overrides import fail
+from kit.base.errors import fail
 
 STEPS = 200  # from start to end; with 100 and 400 the suggested rates differ by less than a third
 WIDTH = 0.05  # of all steps: the standard deviation of the smoothing, wide since the floor is flat

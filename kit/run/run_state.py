@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from kit.base.overrides import fail
+from kit.base.errors import fail
 from kit.learn import gradients
 
 NAMES = {'step': 'iter_num'}  # in a checkpoint, as nanoGPT has it; the others are called there as they are here

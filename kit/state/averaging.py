@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from kit.base.overrides import fail
+from kit.base.errors import fail
 from kit.state import checkpoints
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from kit.base import ranks
-from kit.base.overrides import fail
+from kit.base.errors import fail
 from kit.data.tokens import check_meta, is_same_tokenizer
 from kit.learn import optimizer_state
 from kit.state import folders

@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from kit.base.overrides import fail
+from kit.base.errors import fail
 
 
 def claim(folder, is_new, may_write=True):

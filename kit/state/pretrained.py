@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from kit.base import ranks
-from kit.base.overrides import ROOT, fail, require
+from kit.base.errors import ROOT, fail
+from kit.base.overrides import require
 from kit.data import downloads
 from kit.data.tokens import GPT2
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kit.base.overrides import ROOT
+from kit.base.errors import ROOT
 from kit.state import checkpoints
 from kit.watch import runlogs
 

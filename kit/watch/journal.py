@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from kit.base import ranks
-from kit.base.overrides import fail, require
+from kit.base.errors import fail
+from kit.base.overrides import require
 from kit.watch import runlogs
 from kit.watch.diagnosis import History
 

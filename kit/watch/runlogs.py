@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kit.base.overrides import fail
+from kit.base.errors import fail
 from kit.watch.diagnosis import History
 
 NUMBER = r'([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))'

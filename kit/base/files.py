@@ -1,0 +1,74 @@
+"""
+What the scripts write: never through a link, a file whole or not at all, a folder by one process at a time.
+
+A link at the place of a file of ours may name any other file of the user's: it is not followed, and the error says so.
+"""
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def open_own(path, mode='a', **options):
+    """open() for a file that a script writes beside others of its own. Raises OSError, also where a link is there."""
+    def opener(path, flags):
+        return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+    try:
+        return open(path, mode, opener=opener, **options)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, 'it is a link, which is not followed; remove it', str(path)) from None
+        raise
+
+
+def write_whole(path, data):
+    """The old bytes or the new ones are there, whatever happens; they are on the disk when this returns."""
+    path = Path(path)
+    part = path.with_name(f'.{path.name}.part')
+    part.unlink(missing_ok=True)
+    try:
+        with open_own(part, 'xb') as file:
+            file.write(data if isinstance(data, bytes) else data.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def lock(folder, waiting=''):
+    """
+    An open file that holds the lock on a folder until it is closed or the process ends, however it ends. None where
+    another process has it; with `waiting` that line is printed, and it is waited for. Raises OSError. Where there are
+    no locks (Windows, some network drives) the file comes without one, and the second is said.
+    """
+    path = Path(folder) / '.lock'
+    try:
+        import fcntl
+    except ImportError:
+        return open_own(path)
+    while True:
+        file = open_own(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waiting:
+                file.close()
+                return None
+            print(waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            print(f'{folder} cannot be locked: take care that nothing else writes there')
+            return file
+        if names(path, file):
+            return file
+        file.close()  # the folder was moved away between the two: once more, in the one that is there now
+
+
+def names(path, file):
+    """Whether a path still names an open file."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file.fileno()))
+    return False
