@@ -384,7 +384,8 @@ def parse(dataset):
 def open(settings):
     """
     ({split: Rows}, meta) of what the settings of train.py name; those that a checkpoint of an older version, or of
-    nanoGPT, does not have count as their defaults. A dataset that will not do ends the script with the reason.
+    nanoGPT, does not have count as their defaults. meta['text'] tells the text from any other, whatever its name. A
+    dataset that will not do ends the script with the reason.
     """
     s = {'batch_mode': 'windows', 'document_attention': True, 'too_long': 'cut', 'objective': 'causal',
          'mask_prob': 0.0} | settings
@@ -401,7 +402,15 @@ def open(settings):
     return {split: Rows(list(found), [reader(name, folder, split, splits[split], meta_here, s)
                                       for name, (folder, splits, meta_here) in found.items()],
                         list(shares.values()), s['mask_prob'], meta['vocab_size'], s['objective'] == 'mlm')
-            for split in common}, meta
+            for split in common}, meta | {'text': text_of(found, shares)}
+
+
+def text_of(found, shares):
+    """The fingerprint of a dataset, or of a mixture."""
+    texts = [tokens.fingerprint(folder, meta) for folder, _, meta in found.values()]
+    if len(texts) > 1:
+        texts = [f'{share} {text}' for share, text in sorted(zip(shares.values(), texts))]
+    return ', '.join(texts)
 
 
 def find(name):
