@@ -172,7 +172,7 @@ raw_model.to(device)
 average = averages.running(raw_model, ema_decay, swa_start)
 optimizer = optimizers.adamw(raw_model, weight_decay, learning_rate, (beta1, beta2))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16' and scale_loss)
-state, is_other_text = starts.restore(saved, is_resume, config, raw_model, optimizer, scaler, average, device)
+state = starts.restore(saved, is_resume, config, meta, raw_model, optimizer, scaler, average, device)
 bad_steps = gradients.BadSteps(state, raw_model, scaler)
 due = Due(config, state, warmup_steps)
 saved = None  # its memory is free again
@@ -222,6 +222,7 @@ def save(names):
     """Write all that a resume needs, under these names. Returns whether that went well."""
     if not ranks.is_main:
         return True
+    journal.read()  # first: after a kill the records up to here could not be made again
     print(f'saving checkpoint to {out_dir} ({", ".join(names)})')
     is_saved = checkpoints.save({
         'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
@@ -312,7 +313,7 @@ if not trains:
 # training: steps are numbered by the updates made so far, so step 0 is the untrained model and max_iters the last. What
 # is due at a step, and why a run ends, is decided in kit/run/due.py
 
-starts.begin(config, raw_model, data['train'], tokens_per_step, warmup_steps, state, is_resume, is_other_text, journal)
+starts.begin(config, raw_model, data['train'], tokens_per_step, warmup_steps, state, is_resume, journal)
 iter_line = IterLine(raw_model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, device, dtype)
 signals.listen()
 clock.start(due.is_fitted)

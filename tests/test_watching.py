@@ -359,7 +359,7 @@ def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(journal.time, 'strftime', lambda form: '20260101-000000')
     for expected in 'a-20260101-000000', 'a-20260101-000000.1', 'a-20260101-000000.2':
-        folder = journal.new_run_folder('a')
+        folder = journal.run_folder('a')
         assert folder.name == expected
         folder.mkdir(parents=True)
 

@@ -34,6 +34,7 @@ class RunState:
     bad_steps: torch.Tensor = field(default_factory=no_bad_steps)  # in a row up to now; since the last iter line
     rewinds: int = 0                # how often the run went back over bad steps; each time other text comes
     fitted_minutes: float = 0.0     # the max_minutes that max_iters was fitted to
+    other_text_since: int = 0       # the step at which it went on with another text than before; 0: it never did
 
     loaded_at = -1                  # no key: the step of the checkpoint that was loaded, where all was done before
 

@@ -130,37 +130,52 @@ def model_config(saved, meta, config, GPTConfig):
         overrides.fail(error)
 
 
-def restore(saved, is_resume, config, model, optimizer, scaler, average, device):
+def restore(saved, is_resume, config, meta, model, optimizer, scaler, average, device):
     """
     Put a training where saved has it, as find gives it: with is_resume all of it, else the weights alone, if any, which
-    may have more positions or fewer ids. Returns its RunState, and whether it goes on with another text: then no loss
-    so far is a mark.
+    may have more positions or fewer ids. Returns its RunState. Where it goes on with another text, of another name or
+    not, no loss so far is a mark.
     """
     optimizers.check(optimizer, device)
-    state, is_other_text = RunState().to(device), False
+    state = RunState().to(device)
     if saved and not is_resume:
         checkpoints.fill(model, saved['model'])
     if is_resume:
         state.take(saved)
         checkpoints.restore(saved, model, optimizer, scaler)
         averages.restore(average, saved)
-        is_other_text = saved.get('config', {}).get('dataset', config['dataset']) != config['dataset']
-    if is_other_text:
-        state.best_val_loss, state.val_losses = math.inf, []
-    return state, is_other_text
+        if reads_another(saved, config, meta):
+            state.other_text_since, state.best_val_loss, state.val_losses = state.step, math.inf, []
+            print(f'dataset: {config["dataset"]} is another text than that of the steps up to {state.step:,}; the best '
+                  'val loss begins anew')
+    return state
 
 
-def begin(config, model, data, tokens_per_step, warmup_steps, state, is_resume, is_other_text, journal):
+def reads_another(saved, config, meta):
+    """Whether a run that goes on reads another text than its checkpoint did: by content, or by name in older ones."""
+    before = saved.get('meta', {})
+    if 'text' in before:
+        return before['text'] != meta['text']
+    if 'files' in before and 'files' in meta:  # of a single dataset, or the first of a mixture
+        train_and_val = [{stem: entry['sha256'] for stem, entry in some['files'].items() if not stem.startswith('test')}
+                         for some in (before, meta)]
+        if train_and_val[0] != train_and_val[1]:
+            return True
+    return saved.get('config', {}).get('dataset', config['dataset']) != config['dataset']
+
+
+def begin(config, model, data, tokens_per_step, warmup_steps, state, is_resume, journal):
     """Make the folder of a run its own, and write into it from here on. data: the Rows of train."""
     out_dir = config['out_dir']
     facts = {'vocab_size': model.config.vocab_size, 'parameters': model.count_params(),
              'tokens_per_step': tokens_per_step, 'warmup_iters': warmup_steps,
-             'unigram_entropy': data.unigram_entropy()}
+             'unigram_entropy': data.unigram_entropy(), 'other_text_since': state.other_text_since}
     ranks.from_main(lambda: folders.claim(out_dir, is_new=not is_resume))
     journal.open(out_dir, config, facts, state.step if is_resume else None)
     journal.show('model', model)
     if ranks.is_main:
         provenance.record(out_dir, config, facts, state.step, journal.places())
+        is_other_text = state.other_text_since == state.step > 0
         checkpoints.move_later_aside(out_dir, state.step, best_too=is_other_text)
 
 

@@ -1,10 +1,13 @@
 """The folder of a run: its own for as long as it writes there, and an earlier run moved aside, never overwritten."""
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
-from kit.base.errors import fail
+from kit.base import files
+from kit.base.errors import ROOT, fail, reason
+
+OTHERS = 'data', 'runs', 'config', 'kit', 'docs', 'tests', 'bench', 'sweeps'  # folders here that hold other things
+WRITTEN = 'training.log', 'metrics.jsonl', 'config.json', 'source.zip'
 
 
 def claim(folder, is_new, may_write=True):
@@ -16,46 +19,53 @@ def claim(folder, is_new, may_write=True):
     global lock
     folder = Path(folder)
     try:
-        if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-            fail(f'out_dir = {str(folder)!r}: the run needs a folder of its own, such as --out_dir=exp1')
+        check_place(folder)
         if may_write:
             folder.mkdir(parents=True, exist_ok=True)
-        if folder.is_dir():
-            lock = lock or take_lock(folder)
-        if may_write and is_new and ((folder / 'training.log').exists() or any(folder.glob('*.pt'))):
-            for inner in folder.rglob('*/.lock'):  # nor is a folder moved in which another run has its own
-                take_lock(inner.parent)
+        if folder.is_dir() and not (lock and files.names(folder / '.lock', lock)):
+            lock = take_lock(folder)
+        if may_write and is_new and holds_a_run(folder):
+            inner = [take_lock(path.parent) for path in folder.rglob('*/.lock')]  # nor is that of another run moved
             place = folder.resolve() if folder.is_symlink() else folder  # not the link is moved, but what it names
             aside = first_free(place)
             os.rename(place, aside)
             place.mkdir()
             lock = take_lock(folder)  # until here it was that of the old folder
+            del inner
             print(f'{folder} holds an earlier run: moved to {aside}')
-    except (OSError, RuntimeError) as error:  # a RuntimeError is a circle of links
-        reason = getattr(error, 'strerror', None) or error
-        fail(f'out_dir = {str(folder)!r}: nothing can be written there ({reason}); choose another folder')
+    except (OSError, RuntimeError, ValueError) as error:  # a RuntimeError is a circle of links
+        place = getattr(error, 'filename', None) or folder
+        fail(f'out_dir = {str(folder)!r}: {place} cannot be written ({reason(error)}); choose another folder')
 
 
 lock = None  # an open file; the system gives the lock back when the process ends, however it ends
 
 
+def check_place(folder):
+    """A run is not written among other things: where scripts, texts or datasets are."""
+    place = folder.resolve()
+    taken = {root / name for root in (Path.cwd(), ROOT) for name in OTHERS}
+    of_others = {ROOT / name for name in ('kit', 'config', 'tests', 'docs', 'bench')}
+    if place in {Path.cwd(), *Path.cwd().parents, *taken} or of_others & {*place.parents} or any(
+            (folder / name).exists() for name in ('train.py', 'train.bin', 'meta.json')):
+        fail(f'out_dir = {str(folder)!r}: other things are kept there, and the run needs a folder of its own, such as '
+             '--out_dir=exp1')
+
+
+def holds_a_run(folder):
+    """Or files by the names that a run writes, whoever made them."""
+    return any(os.path.lexists(folder / name) for name in WRITTEN) or any(folder.glob('*.pt'))
+
+
 def take_lock(folder):
-    """A lock on a folder, or the end of the script where another process has it. Windows has no such locks."""
-    with suppress(ImportError):
-        import fcntl
-        file = open(folder / '.lock', 'w')
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f'out_dir = {str(folder)!r}: another run is writing there; wait for its end, or choose another folder')
-        except OSError:  # a network drive without locks
-            print(f'{folder} cannot be locked: take care that no other run writes there')
-        return file
+    """The lock on a folder, or the end of the script where another process has it."""
+    return files.lock(folder) or fail(f'out_dir = {str(folder)!r}: another run is writing there; wait for its end, or '
+                                      'choose another folder')
 
 
 def first_free(path):
     """path with the first number behind it that is free: path.1, path.2, ..."""
     number = 1
-    while (free := path.with_name(f'{path.name}.{number}')).exists():
+    while os.path.lexists(free := path.with_name(f'{path.name}.{number}')):
         number += 1
     return free

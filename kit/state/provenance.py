@@ -1,5 +1,6 @@
 """config.json and source.zip: with which settings a run was made, where, by which command and which code."""
 
+import io
 import json
 import os
 import platform
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from kit.base.errors import ROOT
+from kit.base import files
+from kit.base.errors import ROOT, reason
 from kit.state import checkpoints
 from kit.watch import runlogs
 
@@ -33,17 +35,16 @@ def record(folder, config, facts, step, sinks):
         'sinks': sinks,
     })
     try:
-        part = folder / '.launch.part'
-        part.write_text(json.dumps({'settings': config, 'facts': facts, 'launches': launches}, indent=1) + '\n',
-                        encoding='utf-8')
-        os.replace(part, folder / 'config.json')
+        files.write_whole(folder / 'config.json', json.dumps(
+            {'settings': config, 'facts': facts, 'launches': launches}, indent=1) + '\n')
         if not source.exists():
-            with zipfile.ZipFile(part, 'w', zipfile.ZIP_DEFLATED) as archive:
-                for name, text in code.items():
-                    archive.writestr(name, text)
-            os.replace(part, source)
+            packed = io.BytesIO()
+            with zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as archive:
+                for name, content in code.items():
+                    archive.writestr(name, content)
+            files.write_whole(source, packed.getvalue())
     except OSError as error:
-        print(f'WARNING: config.json or source.zip could not be written to {folder} ({error.strerror})')
+        print(f'WARNING: config.json or source.zip could not be written to {folder} ({reason(error)})')
 
 
 def collect_source():
@@ -51,8 +52,8 @@ def collect_source():
     paths = [*ROOT.glob('*.py'), *ROOT.glob('kit/**/*.py')]
     source = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in sorted(paths)}
     for word in sys.argv[1:]:
-        path = Path(word) if Path(word).exists() else ROOT / word
-        if word.endswith('.py') and path.is_file():
+        path = Path(word) if os.path.exists(word) else ROOT / word
+        if word.endswith('.py') and os.path.isfile(path):
             source[f'config/{path.name}'] = path.read_bytes()
     return source
 

@@ -8,6 +8,8 @@ import itertools
 import json
 import math
 import numbers
+import os
+import re
 import sys
 import threading
 import time
@@ -19,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit.base import ranks
-from kit.base.errors import fail
+from kit.base import files, ranks
+from kit.base.errors import fail, reason
 from kit.base.overrides import require
 from kit.watch import runlogs
 from kit.watch.diagnosis import History
@@ -101,14 +103,16 @@ class Journal:
             out_dir.mkdir(parents=True, exist_ok=True)
             for name in 'training.log', 'metrics.jsonl':
                 end_last_line(out_dir / name)
-            self.log = open(out_dir / 'training.log', 'a', encoding='utf-8', buffering=1)
+            self.log, self.metrics = (files.open_own(out_dir / name, encoding='utf-8', errors='backslashreplace',
+                                                     buffering=1) for name in ('training.log', 'metrics.jsonl'))
         except OSError as error:
-            fail(f'out_dir = {str(out_dir)!r}: nothing can be written there ({error.strerror}); choose another folder')
-        self.log.write(''.join(self.early))
-        self.metrics = open(out_dir / 'metrics.jsonl', 'a', encoding='utf-8', buffering=1)
+            fail(f'out_dir = {str(out_dir)!r}: {error.filename} cannot be written ({reason(error)}); choose another '
+                 'folder')
+        self.put(self.log, ''.join(self.early))
         last = {}
         if step is not None:
-            last = next(reversed(runlogs.read_config(out_dir)['launches']), {}).get('sinks', {})
+            last = next(reversed(runlogs.read_config(out_dir)['launches']), {}).get('sinks')
+            last = last if isinstance(last, dict) else {}
             runlogs.read_records(out_dir, self.history)
             self.history.cut(step)
             self.history.replay()  # what was said before the interruption need not be said again
@@ -119,9 +123,10 @@ class Journal:
         self.start = time.time() - max(self.history.last('time', 1), default=0.0)
         name = settings['wandb_run_name'] or out_dir.name
         if settings['tensorboard']:
-            self.sinks.append(TensorBoard(last.get(TensorBoard.name) or new_run_folder(name), settings, step))
+            self.sinks.append(TensorBoard(run_folder(name, last.get(TensorBoard.name)), settings, step))
         if settings['wandb_log']:
-            self.sinks.append(WandB(out_dir, settings, name, last.get(WandB.name)))
+            run_id = str(last.get(WandB.name))
+            self.sinks.append(WandB(out_dir, settings, name, run_id if re.fullmatch(r'[\w-]{1,64}', run_id) else None))
 
     def places(self):
         """Where the sinks write, to be remembered for a resume."""
@@ -274,7 +279,8 @@ class TensorBoard:
         writer = SummaryWriter(self.place, purge_step=None if self.step is None else self.step + 1)
         writer.add_custom_scalars({'Losses': {'train and val': ['Multiline', ['Loss/train', 'Loss/val']]}})
         # what add_hparams writes, but into this run: it would open another one
-        plain = {name: value if value is not None else 'None' for name, value in self.settings.items()}
+        plain = {name: value if isinstance(value, int | float) else str(value).encode(errors='replace').decode()
+                 for name, value in self.settings.items()}  # a word of the command line may be no UTF-8
         *begin, self.end = hparams(plain, {tag: 0.0 for tag in ('Loss/train', 'Loss/val', 'Accuracy/val')})
         for summary in begin:
             writer.file_writer.add_summary(summary)
@@ -409,16 +415,26 @@ def tag(name):
     return TAGS.get(name, name)
 
 
-def new_run_folder(name):
-    """runs/<name>-<timestamp>, and .1, .2, ... behind it where two runs begin in the same second."""
+def run_folder(name, last=None):
+    """
+    The folder of a run in TensorBoard: the last one where it goes on, else runs/<name>-<timestamp>, with .1, .2, ...
+    behind it where two runs begin in the same second. A name and a last folder may come from files of others: what is
+    written lies in runs/, and nowhere else.
+    """
+    if last is not None:
+        place = Path('runs') / Path(str(last)).name
+        if str(last) == str(place) and place.is_dir() and not place.is_symlink():
+            return place
+        print(f'TensorBoard: {str(last)[:100]!r}, where this run wrote before, is no folder in runs/ here; a new one')
+    name = re.sub(r'[^\w.=,+-]+', '_', name)[:100].lstrip('.')
     folder = Path('runs') / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'
     names = itertools.chain([folder], (f'{folder}.{i}' for i in itertools.count(1)))
-    return next(path for path in map(Path, names) if not path.exists())
+    return next(path for path in map(Path, names) if not os.path.lexists(path))
 
 
 def end_last_line(path):
     """A kill can leave half a line; what comes next begins a new one."""
-    with open(path, 'a+b') as file:
+    with files.open_own(path, 'a+b') as file:
         if file.tell() and (file.seek(-1, 2), file.read())[1] != b'\n':
             file.write(b'\n')
 
