@@ -9,9 +9,10 @@ $ python train.py --test --checkpoint ./checkpoints/averaged_model.pt
 Averages pay after a constant rate; after one that has decayed to nearly nothing the last checkpoints are nearly one.
 """
 
+import os
 from pathlib import Path
 
-from kit.base import devices, overrides
+from kit.base import devices, errors, overrides
 from kit.data import readers
 from kit.state import averaging, checkpoints
 from kit.watch import evaluation
@@ -27,12 +28,12 @@ pattern = '*.pt'            # which files there come into question
 method = 'uniform'          # uniform, linear or greedy: equal weights, of N the newest N times, or a soup by val loss
 search = False              # try several numbers, up to all or to num_checkpoints if given; keep the best by val loss
 evaluate = True             # measure the average, best.pt and the newest on val and test
-batch_size = 16             # >= 1: rows at a time, when measuring
+batch_size = 16             # 1 <= x <= 100_000: rows at a time, when measuring
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps: for measuring; the averaging itself runs on the CPU
 dtype = 'auto'              # auto, float32, bfloat16 or float16
 
 overrides.apply(globals(), [
-    'pattern and pattern[0] != "/"  # it is looked for in checkpoint_dir, such as "step_*.pt"',
+    'pattern and pattern[0] != "/" and ".." not in pattern  # it is looked for in checkpoint_dir, such as "step_*.pt"',
     'evaluate or not search and method != "greedy"  # these go by the val loss; leave --evaluate=False out',
     'not (search and method == "greedy")  # a greedy soup chooses by itself; leave --search out',
     'output_name and "/" not in output_name  # a name in checkpoint_dir, such as averaged_model.pt',
@@ -43,19 +44,23 @@ overrides.apply(globals(), [
 # which: the newest different steps, by the step that stands in the file
 
 folder, output = Path(checkpoint_dir), Path(checkpoint_dir) / output_name
-if not folder.is_dir():
-    overrides.fail(f'checkpoint_dir = {checkpoint_dir!r}: there is no such folder; train first, or name that of a run')
+if not os.path.isdir(folder):
+    overrides.fail(f'checkpoint_dir = {errors.shown(checkpoint_dir)}: there is no such folder; train first, or name '
+                   'that of a run')
 found = averaging.different_steps(folder, pattern)
-for path, saved in found.values():
+for path, saved, _ in found.values():
     checkpoints.config_of(saved, GPTConfig, path)
-steps, paths = list(found), {step: path for step, (path, _) in found.items()}
+steps, paths = list(found), {step: path for step, (path, _, _) in found.items()}
 n_wanted = 1 if search and 'num_checkpoints' not in overrides.given else num_checkpoints
 if len(steps) < n_wanted:
-    there = f'{checkpoint_dir} has {len(steps)} ({", ".join(map(str, steps)) or "none"}) with pattern = {pattern!r}'
+    there = f'{checkpoint_dir} has {len(steps)} ({", ".join(map(str, steps)) or "none"}) with pattern = ' + (
+        errors.shown(pattern))
     overrides.fail(f'num_checkpoints = {num_checkpoints}: of different steps {there}; take fewer, or train with a '
                    'smaller --save_interval and a larger --keep_last to have more')
+if os.path.isdir(output) or len(os.fsencode(output_name)) > 200:
+    overrides.fail(f'output_name = {errors.shown(output_name)}: that is a folder, or too long; choose another name')
 if (output_name in ('ckpt.pt', 'best.pt') or output_name.startswith('step_')
-        or output.exists() and 'averaged' not in checkpoints.peek(output)):
+        or os.path.exists(output) and 'averaged' not in checkpoints.peek(output)):
     overrides.fail(f'output_name = {output_name!r}: that is a checkpoint of the training; choose another name')
 newest = found[steps[0]][1]
 chosen = steps if search and n_wanted == 1 else steps[:num_checkpoints]  # the newest first
@@ -66,7 +71,6 @@ for step in chosen:
     if difference := checkpoints.first_difference(newest, found[step][1], GPTConfig.FREE):
         overrides.fail(f'{paths[step]} and {paths[steps[0]]} do not belong together: {difference}; '
                        'choose with --pattern, or from one run')
-found.clear()  # and with it all files but the newest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # on what the average is measured: the whole of val and test, as in train.py
@@ -98,7 +102,7 @@ def average(steps):
     total = sum(range(1, len(steps) + 1))
     shares = [(len(steps) - i) / total if method == 'linear' else 1 / len(steps) for i in range(len(steps))]
     try:
-        return averaging.mean([paths[step] for step in steps], shares, parameters)
+        return averaging.mean([found[step] for step in steps], shares, parameters)
     except (checkpoints.Damaged, ValueError) as error:
         overrides.fail(f'{error}; leave it out with --pattern, or take fewer')
 
@@ -131,7 +135,7 @@ print(f'wrote {output}: the {method} average of {len(chosen)} checkpoints, steps
 if evaluate:
     rows = {output_name: averaged['model'], f'{paths[steps[0]].name} (the newest)': newest['model']}
     try:
-        best = checkpoints.read(folder / 'best.pt') if (folder / 'best.pt').exists() else None
+        best = checkpoints.read(folder / 'best.pt') if os.path.isfile(folder / 'best.pt') else None
         if best:
             checkpoints.config_of(best, GPTConfig, folder / 'best.pt')
         if best and not checkpoints.first_difference(newest, best, GPTConfig.FREE):

@@ -238,25 +238,31 @@ class GPT(nn.Module):
     # writing text
 
     @torch.no_grad()
-    def stream(self, idx, temperature=1.0, top_k=0, top_p=1.0, n_ids=None, others=()):
+    def stream(self, idx, temperature=1.0, top_k=0, top_p=1.0, n_ids=None, others=(), gaps=()):
         """
         Yield the next (B, 1) ids after idx (B, T), for as long as they are asked for. Draws from torch's generator.
+        Raises FloatingPointError where the logits are not finite, as those of a run that diverged.
 
         temperature: 0 takes the likeliest id, below 1 sharpens, above 1 flattens
         top_k:       only the k likeliest ids; 0 or None: all
         top_p:       only the likeliest ids that together reach this share (Holtzman et al. 2019, arXiv:1904.09751)
         n_ids:       only ids below it: a vocabulary that was rounded up has ids that stand for nothing
         others:      models that have a say too: the ids are drawn from the mean of all probabilities
+        gaps:        ids below n_ids that stand for nothing either
         """
         models = self, *others
         if not all(model.config.causal for model in models):
             raise ValueError('this model fills masks (objective = mlm), it cannot write on')
         block_size = min(model.config.block_size for model in models)
         caches, new = [model.new_caches(block_size) for model in models], idx[:, -block_size:]
+        gaps = torch.tensor(gaps, dtype=torch.long, device=idx.device)
         while True:
             votes = [model.lm_head(model.hidden(new, cache)[:, -1])[:, :n_ids].float()  # (B, n_ids)
                      for model, cache in zip(models, caches)]
             logits = votes[0] if not others else torch.stack([F.log_softmax(v, dim=-1) for v in votes]).logsumexp(0)
+            if not logits.isfinite().all():
+                raise FloatingPointError('the logits of this model are not finite')
+            logits[:, gaps] = -math.inf
             new = choose(logits, temperature, top_k, top_p)  # (B, 1)
             idx = torch.cat((idx[:, -block_size:], new), dim=1)
             yield new
@@ -268,9 +274,9 @@ class GPT(nn.Module):
     def new_caches(self, block_size):
         return [KVCache(block_size) for _ in self.transformer.h]
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_ids=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_ids=None, gaps=()):
         """(B, T) ids -> (B, T + max_new_tokens), see stream."""
-        new = self.stream(idx, temperature, top_k, top_p, n_ids)
+        new = self.stream(idx, temperature, top_k, top_p, n_ids, gaps=gaps)
         return torch.cat([idx] + [next(new) for _ in range(max_new_tokens)], dim=1)
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ $ python plot_loss.py exp1_baseline --layers                the gradients by lay
 $ python plot_loss.py --schedule config/train_gpt2.py       the learning rate of a run not made yet -> schedule.png
 """
 
+import os
 import shlex
 from pathlib import Path
 
 from kit.base import overrides
+from kit.base.errors import reason
 from kit.learn import schedules
 from kit.watch import curves, diagnosis, pictures, runlogs
 
@@ -25,6 +27,8 @@ show = False                # open the pictures in a window
 
 runs = []
 overrides.apply(globals(), operands=runs)
+
+MOST_STEPS = 10**7  # of a schedule that is drawn; they take ten seconds
 
 is_shown = show and pictures.has_screen()
 if show and not is_shown:
@@ -43,12 +47,16 @@ if schedule:
         overrides.fail(f'schedule = {schedule!r}: {error}')
     settings = overrides.settings_of(overrides.ROOT / 'train.py', words)
     warmup = schedules.check(settings)
+    if settings['max_iters'] > MOST_STEPS:
+        overrides.fail(f'schedule: of no more than {MOST_STEPS:,} steps; --max_iters takes fewer')
     rates = [schedules.rate(step, settings) for step in range(settings['max_iters'])]
+    if max(rates) > diagnosis.BEYOND:
+        overrides.fail(f'schedule: a rate of {max(rates):.1e} is beyond all that can be drawn; a lower --learning_rate')
     path, name = Path('schedule.png'), f'{schedule}: {settings["lr_schedule"] if settings["decay_lr"] else "constant"}'
     try:
         pictures.schedule(rates, name, path, is_shown)
     except OSError as error:
-        overrides.fail(f'{path} cannot be written: {error.strerror}')
+        overrides.fail(f'{path} cannot be written: {reason(error)}')
     print(f'wrote {path}')
     print(f'{len(rates):,} steps: {warmup} of warmup, {max(rates):.1e} at the highest, {rates[-1]:.1e} in the last, '
           f'{sum(rates) / len(rates):.1e} on average')
@@ -73,7 +81,7 @@ if not runs:
         overrides.fail('no folder here holds a run; train first, or name the folder of a run')
     runs = [str(max(logs, key=lambda log: log.stat().st_mtime).parent)]
 paths = list(dict.fromkeys(map(Path, runs)))
-names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
+names = [path.resolve().name if os.path.isdir(path) else path.stem for path in paths]
 if len(set(names)) < len(names):
     names = [str(path) for path in paths]
 histories = dict(zip(names, map(runlogs.read, paths)))
@@ -89,7 +97,7 @@ for name, history in histories.items():
 # ---------------------------------------------------------------------------------------------------------------------
 # draw: beside the run, or where we are if there are several
 
-folder = paths[0] if paths[0].is_dir() else paths[0].parent
+folder = paths[0] if os.path.isdir(paths[0]) else paths[0].parent
 try:
     if len(paths) == 1:
         path = folder / 'loss_curve.png'
@@ -103,7 +111,7 @@ try:
         pictures.layers(histories, path, x, is_shown)
         print(f'wrote {path}')
 except OSError as error:
-    overrides.fail(f'{path} cannot be written: {error.strerror}')
+    overrides.fail(f'{path} cannot be written: {reason(error)}')
 if left_out := curves.own_panels(histories.values())[1]:
     more = f' and {len(left_out) - 5} more' if len(left_out) > 5 else ''
     print(f'not drawn: {", ".join(left_out[:5])}{more}; of other figures {curves.MOST_OWN_PANELS} panels are '

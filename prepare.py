@@ -11,9 +11,11 @@ $ python prepare.py --input=hf:roneneldan/TinyStories --dataset=stories --tokeni
 $ python prepare.py --input=english_german.tsv --dataset=translation    pairs: prompt, tab, response
 $ zcat book.gz | python prepare.py --input=- --dataset=book
 
-Text is .txt .md .py, a document a file; .jsonl[.gz|.zst] .csv .parquet and hf:NAME, which is streamed with the package
-datasets, have a document a row; .tsv holds pairs. Documents are kept apart by the id of <|endoftext|>; with 100 or more
-of them each is whole in train, val or test. Interrupted, it goes on with the same command.
+A document is a file of text (.txt .md .py, and any other that you name) or a row (.jsonl .json .csv .parquet, and
+hf:NAME, which is streamed with the package datasets); .tsv holds pairs. All but .parquet may be packed, as .gz or .zst.
+Behind each document stands the id of <|endoftext|>. The same mark inside a text is text, unless
+--separator='<|endoftext|>' makes it the end of a document. With 100 documents or more each is whole in train, val or
+test. Interrupted, it goes on with the same command.
 """
 
 import re
@@ -33,6 +35,7 @@ pairs = False               # the rows are pairs, with the keys prompt and respo
 split = '90,5,5'            # percent of train, val and test (0 = no test)
 seed = 1337                 # >= 0: draws the documents of val and test
 errors = 'strict'           # strict or replace: bytes that are no UTF-8 end it, the first named, or become U+FFFD
+separator = ''              # a text that ends a document wherever it stands, such as <|endoftext|>; '' = none does
 shard_size = 100_000_000    # >= 1000: tokens in a file; more of a split makes train_000000.bin, train_000001.bin, ...
 overwrite = False           # replace a dataset that is there already
 
@@ -46,5 +49,5 @@ if not re.fullmatch(r'[\w-][\w.-]*', dataset):
                    f'{", ".join(corpora.SMALL + corpora.LARGE)}')
 
 corpora.prepare(dataset, input, tokenizer, overwrite, vocab_size=vocab_size, text_key=text_key, pairs=pairs,
-                split=split, seed=seed, errors=errors, shard_size=shard_size)
+                split=split, seed=seed, errors=errors, shard_size=shard_size, separator=separator)
 print(f'next: python train.py --dataset={dataset}')

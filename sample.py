@@ -8,11 +8,14 @@ $ python sample.py --checkpoint=exp1/best.pt,exp2/best.pt       the mean of what
 $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --max_new_tokens=100
 """
 
+import codecs
+import sys
 from pathlib import Path
 
 import torch
 
-from kit.base import devices, overrides
+from kit.base import devices, files, overrides
+from kit.base.errors import explained
 from kit.data import tokens
 from kit.state import checkpoints, pretrained
 from model import GPT, GPTConfig
@@ -25,7 +28,8 @@ out_dir = 'checkpoints'     # where the checkpoint is: best.pt, else ckpt.pt
 checkpoint = ''             # or this very file, or several: a.pt,b.pt
 weights = 'auto'            # auto, raw, ema or swa: of a checkpoint's weights; auto = its average where it has one
 start = '\n'                # not empty: at least one character, or FILE:prompt.txt; if not given, documents begin anew
-num_samples = 1             # >= 1: drawn side by side as one batch; a single one is shown as it is written
+separator = ''              # the text in start that is the end of a document; '' = that of the model's dataset, if any
+num_samples = 1             # 1 <= x <= 100_000: drawn side by side as one batch; one alone is shown as it is written
 max_new_tokens = 500        # >= 1: tokens in each, at most
 temperature = 0.8           # >= 0: below 1 bolder, above 1 wilder; 0 = always the likeliest token
 top_k = 200                 # >= 0: only the k likeliest tokens; 0 = all
@@ -41,10 +45,12 @@ config = overrides.apply(globals(), [
     'init_from != "scratch"  # an untrained model has nothing to say; resume takes a checkpoint',
 ])
 if start.startswith('FILE:'):
-    try:
-        start = Path(start[5:]).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-        overrides.fail(f'start = {start!r}: the file cannot be read ({error})')
+    with explained(f'start = {start!r}: the file cannot be read', 'a prompt is text in UTF-8'):
+        data = Path(start[5:]).read_bytes()
+        is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        start = data.decode('utf-16' if is_utf_16 else 'utf-8-sig').replace('\r\n', '\n')
+        if '\0' in start:
+            raise ValueError('it holds null characters')
     if not start:
         overrides.fail(f'start = {config["start"]!r}: the file is empty, and a prompt needs at least one character')
 
@@ -54,10 +60,10 @@ if start.startswith('FILE:'):
 device = devices.choose_device(device)
 dtype = devices.choose_dtype(dtype, device)
 if init_from == 'resume':
-    paths = [path for path in checkpoint.split(',') if path] or [str(checkpoints.best(out_dir))]
+    paths = files.paths(checkpoint) or [str(checkpoints.best(out_dir))]
     loaded = {path: checkpoints.load(path) for path in paths}
 else:
-    loaded = {init_from: pretrained.load(init_from)}
+    loaded = {init_from: pretrained.load(init_from, needs_tokenizer=True)}
 models = []
 for path, saved in loaded.items():
     if init_from == 'resume':
@@ -72,33 +78,60 @@ for path, saved in loaded.items():
 # nanoGPT's checkpoints do not hold their tokenizer, but they name the dataset
 dataset = saved.get('config', {}).get('dataset', '')
 meta = saved.get('meta') or tokens.read_meta(tokens.dataset_folder(dataset))
-if meta['vocab_size'] > saved['model_args']['vocab_size']:
-    overrides.fail(f'{path}: its tokenizer stands in data/{dataset}/meta.pkl, and that is not here; copy the folder')
+if meta is tokens.GPT2 and init_from == 'resume':
+    print(f"{path} names no tokenizer that is here: its ids are taken for GPT-2's")
 for other, saved in loaded.items():
+    if meta['vocab_size'] > saved['model_args']['vocab_size']:
+        overrides.fail(f'{other}: its tokenizer stands in data/{dataset}/meta.pkl, which is not here; copy the folder')
     if not tokens.is_same_tokenizer(saved.get('meta', meta)['tokenizer'], meta['tokenizer']):
         overrides.fail(f'{other} and {path} have different tokenizers; only models that read the same ids can be mixed')
-try:
+with explained(f'the files of the tokenizer {meta["tokenizer"].get("name", "")} could not be downloaded',
+               'give a folder FLATGPT_MIRROR with them in tiktoken/'):
     text = tokens.tokenizer(meta['tokenizer'])
-    prompt = text.encode(start) if 'start' in overrides.given else tokens.beginning(text, meta)
-except ValueError as error:
-    overrides.fail(f'start: {error}')
-except OSError as error:
-    overrides.fail(f'the files of the tokenizer {meta["tokenizer"]["name"]} could not be downloaded '
-                   f'({type(error).__name__}); give a folder FLATGPT_MIRROR with them in tiktoken/')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompt
+
+end = meta.get('end_of_text')
+if separator and end is None:
+    overrides.fail(f'separator = {separator!r}: {path} knows no end of a document, its text was a single one')
+separator = separator or meta.get('separator', '')
+if 'start' not in overrides.given:
+    prompt = tokens.beginning(text, meta)
+    if tokens.decode(text, prompt) != start and prompt != [end]:
+        start = tokens.decode(text, prompt)
+        print(f'start: {start!r}, since this model knows no line break')
+else:
+    if tokens.END in start and tokens.END != separator:
+        remedy = '' if end is None else f"; --separator='{tokens.END}' makes it the end of a document"
+        print(f'start: {tokens.END} stands there as plain text{remedy}')
+    try:
+        prompt, *others = [text.encode(piece) for piece in (start.split(separator) if separator else [start])]
+    except ValueError as error:
+        overrides.fail(f'start: {error}')
+    for piece in others:
+        prompt += [end, *piece]
+if not prompt:
+    overrides.fail(f'start = {start!r}: nothing in it is a token of this model')
+if max(prompt) >= meta['vocab_size']:
+    overrides.fail(f'start: {path} knows {meta["vocab_size"]:,} ids, and the prompt holds the id {max(prompt)}')
+if not all(model.config.causal for model in models):
+    overrides.fail(f'{path}: this model was trained to fill masks (objective = mlm), it cannot write')
+if prompt == [end]:
+    start = ''
+elif saved.get('config', {}).get('batch_mode') == 'padded':  # behind end_of_text comes the response, up to the next
+    prompt, start, stop = [*prompt, end], f'{start}\n', stop or tokens.END
+block_size = min(model.config.block_size for model in models)
+if len(prompt) > block_size:
+    print(f'start: it has {len(prompt):,} tokens, and the model sees the last {block_size:,}')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # write
 
-if not all(model.config.causal for model in models):
-    overrides.fail(f'{path}: this model was trained to fill masks (objective = mlm), it cannot write')
-if prompt == [meta.get('end_of_text')]:
-    start = ''
-elif saved.get('config', {}).get('batch_mode') == 'padded':  # behind end_of_text comes the response, up to the next
-    prompt, start, stop = [*prompt, meta['end_of_text']], f'{start}\n', stop or tokens.END
 torch.manual_seed(seed)
 rows = [list(prompt) for _ in range(num_samples)]  # ids, the prompt first
 is_done = [False] * num_samples
-tail = len(stop.encode())  # as many tokens are sure to hold the text to stop at
+tail = len(stop.encode(errors='surrogateescape'))  # as many tokens are sure to hold the text to stop at
 
 
 def written(row):
@@ -107,11 +140,22 @@ def written(row):
     return start + (new.split(stop, 1)[0] if stop else new)
 
 
+def next_ids():
+    """The next id of each row; where the model has none to give the script ends, with status 1."""
+    try:
+        return next(ids)[:, 0].tolist()
+    except FloatingPointError as error:
+        print(f'sample.py: {", ".join(loaded)}: {error}, as where a training diverged; take an earlier --checkpoint, '
+              'or train it with a lower --learning_rate', file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 shown = 0
 with devices.autocast(device, dtype):
-    ids = models[0].stream(torch.tensor(rows, device=device), temperature, top_k, top_p, text.size, models[1:])
+    ids = models[0].stream(torch.tensor(rows, device=device), temperature, top_k, top_p, text.size, models[1:],
+                           text.gaps)
     for _ in range(max_new_tokens):
-        for i, new in enumerate(next(ids)[:, 0].tolist()):
+        for i, new in enumerate(next_ids()):
             if not is_done[i]:
                 rows[i].append(new)
                 is_done[i] = bool(stop) and stop in tokens.decode(text, rows[i][len(prompt):][-tail:])

@@ -110,7 +110,7 @@ while True:
         if not (run := trials.first_free(waiting)):
             break
         waiting.remove(run)
-        run.slot = min(set(range(jobs)) - {other.slot for other in running})
+        run.slot = min(set(range(len(running) + 1)) - {other.slot for other in running})
         trials.start(sweep, run, script, gpus[run.slot % len(gpus)] if gpus else None, threads)
         running.append(run)
         bar.write(f'run {run.folder.name} begins')

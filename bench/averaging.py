@@ -64,7 +64,7 @@ def read_by_torch(paths):
 
 
 def average(paths):
-    averaging.mean(paths, [1 / len(paths)] * len(paths))
+    averaging.mean([(path, *checkpoints.open_lazily(path)) for path in paths], [1 / len(paths)] * len(paths))
 
 
 def anonymous_bytes(pid):

@@ -1,10 +1,12 @@
 """
 A run that is killed again and again, at random moments and during saves too, against the same run left alone.
 
-$ python tests/chaos.py --kills=60          some minutes; tests/test_chaos.py does a few
+$ python tests/chaos.py --kills=60                                  some minutes; tests/test_chaos.py does a few
+$ python tests/chaos.py --settings='--log_interval=1000 --dtype=bfloat16'
+$ python tests/chaos.py --mixed --seed=7                            settings that are drawn; tests/hostile.py does many
 
-After every kill ckpt.pt must be whole. At the end weights, moments, averages and logged losses must be equal, bit for
-bit.
+After every kill ckpt.pt must be whole. At the end weights, moments and averages must be equal, bit for bit, and so must
+the records: one of every update, whatever log_interval is, with the share of those that were clipped.
 """
 
 import json
@@ -12,7 +14,7 @@ import multiprocessing
 import os
 import random
 import re
-import subprocess
+import shlex
 import sys
 import tempfile
 import time
@@ -34,12 +36,31 @@ SETTINGS = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=128', '--bl
             '--save_interval=10', '--keep_last=3', '--warmup_iters=20', '--device=cpu', '--tensorboard=False']
 
 
-def launch(folder, out_dir, steps):
-    """train.py in a process of its own, forked from this one, which has imported torch already."""
-    args = [*SETTINGS, f'--max_iters={steps}', '--init_from=auto', f'--out_dir={out_dir}']
-    job = dict(script=str(TESTS.parent / 'train.py'), args=args, cwd=str(folder), env=dict(os.environ),
+def mixture(draw):
+    """Settings beside these in which a resume has more to remember."""
+    either = lambda *choices: draw.choice(choices).split()
+    return [f'--log_interval={draw.choice([1, 7, 1000])}', *either('', '--ema_decay=0 --swa_start=50', '--ema_decay=0'),
+            *either('', '--dropout=0'), *either('', '--dtype=bfloat16'), *either('', '--gradient_accumulation_steps=3'),
+            *either('', '--grad_clip_quantile=0.3', '--grad_clip=0.5', '--grad_clip=0.5 --grad_clip_value=0.01'),
+            *either('', '--lr_by_norm'), *either('', '--lr_schedule=plateau:1:0.7', '--lr_schedule=wsd'),
+            *either('', '--sampling=shuffle', '--sampling=sequential'),
+            *either('', '--dataset=rows --batch_mode=packed', '--dataset=pairs --batch_mode=padded',
+                    '--dataset=tiny:0.6,rows:0.4', '--mask_prob=0.2', '--objective=mlm',
+                    '--dataset=rows --batch_mode=packed --objective=mlm')]
+
+
+def forked(job):
+    """A script in this process, a fork of one that has imported torch, as if it had just been started. No return."""
+    for name in [name for name in sys.modules if name.split('.')[0] in ('kit', 'model')]:
+        del sys.modules[name]  # they know what this command line has set
+    zygote.run(job)
+
+
+def launch(folder, script, *words):
+    """A script in a process of its own, forked from this one."""
+    job = dict(script=str(TESTS.parent / script), args=words, cwd=str(folder), env=dict(os.environ),
                stdout=os.devnull, stderr=str(folder / 'stderr'))
-    process = multiprocessing.get_context('fork').Process(target=zygote.run, args=[job])
+    process = multiprocessing.get_context('fork').Process(target=forked, args=[job])
     process.start()
     return process
 
@@ -79,18 +100,29 @@ def differences(a, b, path=''):
     return [] if a == b else [path]
 
 
-def chaos(folder, kills, steps, seed=0):
+def prepare(folder):
+    """A text, documents and pairs of it: data/tiny, data/rows and data/pairs."""
+    (folder / 'data').mkdir()
+    lines = some_text().splitlines()
+    (folder / 'tiny.txt').write_text('\n'.join(lines), encoding='utf-8')
+    (folder / 'rows.jsonl').write_text('\n'.join(json.dumps({'text': line}) for line in lines), encoding='utf-8')
+    (folder / 'pairs.tsv').write_text('\n'.join(f'{line[:9]}\t{line[9:]}.' for line in lines), encoding='utf-8')
+    for file in 'tiny.txt', 'rows.jsonl', 'pairs.tsv':
+        words = f'--input={file}', f'--dataset={file.split(".")[0]}', '--tokenizer=byte'
+        end(launch(folder, 'prepare.py', *words), folder)
+
+
+def chaos(folder, kills, steps, seed=0, settings=()):
     """Returns {'kills', 'during a save', 'launches'}; raises AssertionError where a promise does not hold."""
     draw = random.Random(seed)
-    (folder / 'data').mkdir()
-    (folder / 'text.txt').write_text(some_text(), encoding='utf-8')
-    subprocess.run([sys.executable, TESTS.parent / 'prepare.py', '--input=text.txt', '--dataset=tiny'], cwd=folder,
-                   check=True, capture_output=True)
-    end(launch(folder, 'whole', steps), folder)
+    prepare(folder)
+    train = lambda out_dir: launch(folder, 'train.py', *SETTINGS, *settings, f'--max_iters={steps}', '--init_from=auto',
+                                   f'--out_dir={out_dir}')
+    end(train('whole'), folder)
     done = during_a_save = launches = 0
     out = folder / 'cut'
     while True:
-        process = launch(folder, 'cut', steps)
+        process = train('cut')
         launches += 1
         if done == kills:
             end(process, folder)
@@ -121,7 +153,8 @@ def chaos(folder, kills, steps, seed=0):
     a, b = (torch.load(folder / run / 'ckpt.pt', weights_only=True) for run in ('whole', 'cut'))
     assert not differences(a, b), differences(a, b)[:9]
     a, b = losses(folder / 'whole'), losses(out)
-    assert a == b, [key for key in a if a[key] != b.get(key)][:9]
+    assert a == b, [key for key in {**a, **b} if a.get(key) != b.get(key)][:9]
+    assert {('iter', step) for step in range(steps)} <= a.keys()
     assert during_a_save > 0
     names = [sorted(path.name for path in (folder / run).glob('*.pt')) for run in ('whole', 'cut')]
     assert names[0] == names[1], names
@@ -132,6 +165,10 @@ if __name__ == '__main__':
     kills = 60
     steps = 6000
     seed = 0
+    settings = ''  # more of them, for train.py
+    mixed = False  # or drawn
     overrides.apply(globals(), ['kills >= 1', 'steps >= 1'])
+    words = mixture(random.Random(seed)) if mixed else shlex.split(settings)
+    print(' '.join(words))
     with tempfile.TemporaryDirectory() as folder:
-        print(chaos(Path(folder), kills, steps, seed))
+        print(chaos(Path(folder), kills, steps, seed, words))

@@ -3,6 +3,9 @@
 import math
 import os
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -168,6 +171,68 @@ def test_a_best_that_is_missing_or_damaged(average, folder):
         assert '(the newest)' in result.out
 
 
+def averaging_with(folder, code):
+    """checkpoint_averaging.py with some code before it, as a script."""
+    script = folder.parent / 'hooked.py'
+    script.write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}\n'
+                      f'__file__ = {str(ROOT / "checkpoint_averaging.py")!r}\nexec(open(__file__).read())\n')
+    return script
+
+
+@pytest.mark.parametrize('name, steps', [
+    ('open_lazily', [20, 16, 14]), ('open_unverified', [20, 16, 14]), ('check_tensor', [20, 18, 16])])
+def test_what_a_run_deletes_meanwhile(run, folder, name, steps):
+    """Before it is opened, or half opened, it is left out; once opened it is whole, whoever deletes it."""
+    expected = plain_mean(folder, steps)
+    code = (f'import os\nfrom kit.state import checkpoints\nSOUND = checkpoints.{name}\n'
+            'def hooked(path, *args, **kwargs):\n'
+            '    if str(path).endswith("step_0000018.pt") and os.path.exists(path): os.unlink(path)\n'
+            f'    return SOUND(path, *args, **kwargs)\ncheckpoints.{name} = hooked\n')
+    result = run(averaging_with(folder, code), '--num_checkpoints=3', '--evaluate=False')
+    assert result.status == 0, result.err
+    assert ('left out: step_0000018.pt is gone: a run has deleted it' in result.out) == (18 not in steps)
+    assert equal(state(folder / 'averaged_model.pt'), expected) and not (folder / 'step_0000018.pt').exists()
+
+
+def test_beside_a_run_that_prunes(run, tiny):
+    """A save and a deletion in every step; whatever there is at that moment is averaged."""
+    words = [sys.executable, str(ROOT / 'train.py'), '--dataset=tiny', *TINY, '--max_iters=100000', '--save_interval=1',
+             '--eval_interval=0', '--log_interval=0', '--keep_last=3']
+    training = subprocess.Popen(words, cwd=tiny, env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL)
+    try:
+        while not (tiny / 'checkpoints/step_0000010.pt').exists() and training.poll() is None:
+            time.sleep(0.05)
+        done = 0
+        for _ in range(12):
+            result = run('checkpoint_averaging.py', '--num_checkpoints=2', '--evaluate=False')
+            assert 'Traceback' not in result.err and 'damaged' not in result.err, result.err
+            assert result.status == 0 or 'num_checkpoints = 2: of different steps' in result.err, result.err
+            done += result.status == 0
+        assert training.poll() is None and done
+    finally:
+        training.kill()
+        training.wait()
+
+
+@pytest.mark.parametrize('name', ['a,b', 'a=1,b=2'])
+def test_commas_in_its_folder(run, folder, name):
+    os.rename(folder, folder.parent / name)
+    result = run('checkpoint_averaging.py', f'--checkpoint_dir={name}', '--output_name=c,d.pt', '--num_checkpoints=2')
+    assert result.status == 0 and f'wrote {name}/c,d.pt' in result.out, result.err
+
+
+def test_a_link_in_the_place_of_the_average(average, folder):
+    """It is replaced, and what it names stays as it is."""
+    (folder.parent / 'thesis.txt').write_text('years of work')
+    os.symlink(folder.parent / 'thesis.txt', folder / 'mine.pt')
+    os.symlink(folder.parent / 'thesis.txt', folder / '.other.pt.part')
+    assert average('--output_name=mine.pt', '--evaluate=False', '--pattern=step_*.pt').status == 2
+    os.symlink(folder.parent / 'none', folder / 'other.pt')
+    assert average('--output_name=other.pt', '--evaluate=False', '--pattern=step_*.pt').status == 0
+    assert (folder.parent / 'thesis.txt').read_text() == 'years of work' and not (folder / 'other.pt').is_symlink()
+    assert not (folder.parent / 'none').exists()
+
+
 def test_patterns(average, folder):
     result = average('--pattern', 'step_000001*.pt', '--num_checkpoints', '2', '--evaluate=False')
     assert 'steps 18, 16' in result.out and 'left out' not in result.out
@@ -199,6 +264,13 @@ def change(path, **changes):
     (['--pattern=a**b.pt'], None, ['pattern', 'a**b.pt']),
     (['--pattern=.'], None, ['pattern']),
     (['--output_name=.pt'], None, ['output_name']),
+    (['--output_name=sub.pt'], lambda f: (f / 'sub.pt').mkdir(), ['output_name', 'sub.pt', 'a folder']),
+    ([f'--output_name={"x" * 300}.pt'], None, ['output_name', 'too long']),
+    (['--pattern=../*.pt'], None, ['pattern', 'checkpoint_dir']),
+    ([f'--pattern={"x" * 5000}'], None, ['pattern']),
+    ([f'--checkpoint_dir={"x" * 300}'], None, ['no such folder']),
+    (['--checkpoint_dir=text.txt'], None, ['no such folder']),
+    ([], lambda f: (f / 'a.pt').write_text('version https://git-lfs.github.com/spec/v1'), ['a.pt', 'git lfs pull']),
     (['--search', '--num_checkpoints=500'], None, ['num_checkpoints = 500']),
     (['--evaluate=False', '--num_checkpoints=10'], lambda f: [
         change(path, model={k: v for k, v in state(path).items() if 'ln_f' not in k}) for path in sorted(f.glob('*.pt'))

@@ -1,9 +1,12 @@
 """What users get wrong: one line on stderr that names it and the remedy, status 2, nothing written."""
 
+import json
 import pickle
 
 import pytest
 import torch
+
+from kit.base import errors
 
 
 def one_line(result, named):
@@ -49,6 +52,24 @@ def one_line(result, named):
     (['--device=toaster'], ['toaster', 'cpu']),
     (['--device=meta'], ['meta', 'cpu']),
     (['--seed=99999999999999999999'], ['seed', '2**63']),
+    (['--seed=9223372036854775808'], ['seed', '2**63']),
+    (['--device=cpu:1'], ['cpu:1', '--device=auto']),
+    (['--device=cpu:' + '9' * 30], ['cpu:9', 'auto']),
+    (['--batch_size=1000000000000'], ['batch_size = 1000000000000', 'a smaller --batch_size']),
+    (['--gradient_accumulation_steps=1000000000000'], ['gradient_accumulation_steps = 1000000000000', 'take fewer']),
+    (['--n_layer=1000000000000'], ['n_layer = 1000000000000', 'take a smaller one']),
+    (['--n_embd=1000000000000'], ['n_embd = 1000000000000', 'take a smaller one']),
+    (['--max_iters=' + '9' * 5000], ['max_iters', 'whole number']),
+    (['--max_iters=' + '9' * 400], ['max_iters', '2**63']),
+    (['--lr_schedule=step:' + '9' * 5000], ['lr_schedule', 'a whole number']),
+    (['--lr_schedule=' + 'x' * 5000], ['lr_schedule', 'no such schedule']),
+    (['--out_dir=' + 'x' * 260], ['out_dir', 'too long']),
+    (['--init_from=' + 'x' * 260], ['init_from', 'xxx']),
+    (['--init_from=' + 'x' * 260 + '.pt'], ['xxx']),
+    (['--dataset=' + 'x' * 260], ['dataset', 'xxx']),
+    (['--dataset=\udcff'], ['dataset']),
+    (['--test', '--checkpoint=' + 'x' * 260], ['xxx']),
+    (['--weights=' + 'x' * 260], ['weights', 'raw']),
     (['--backend=smoke'], ['backend', 'smoke', 'gloo']),
     (['--checkpoint=other.pt'], ['checkpoint', '--test']),
     (['--out_dir='], ['out_dir']),
@@ -78,6 +99,44 @@ def test_train(train, tiny, args, named):
     before = sorted(tiny.rglob('*'))
     one_line(train(*args), named)
     assert sorted(tiny.rglob('*')) == before
+
+
+@pytest.mark.parametrize('name', ['x' * 260, '\udcff', '..', 'a\nb'])
+def test_odd_names_do_not_end_a_run(run, train, tiny, name):
+    """Neither too long nor with bytes that are no UTF-8: the run has its log, its records and its checkpoint."""
+    words = ['--max_iters=2', '--tensorboard=True', f'--wandb_run_name={name}', f'--out_dir=run{name[:100].strip("/")}']
+    if len(name) > 100:
+        words[-1] = '--out_dir=run'
+    result = train(*words)
+    assert result.status == 0 and not result.err, result.err
+    folder = tiny / words[-1].partition('=')[2]
+    assert json.loads((folder / 'config.json').read_text())['settings']['wandb_run_name'] == name
+    assert 'step 2: ' in (folder / 'training.log').read_text(encoding='utf-8')
+    assert [path for path in tiny.rglob('events*') if path.is_relative_to(tiny / 'runs')]
+    result = run('train.py', '--init_from=resume', words[-1], '--max_iters=3', '--device=cpu')
+    assert result.status == 0, result.err
+
+
+def test_memory_that_is_not_there_is_one_line(capsys):
+    for error in (MemoryError('Unable to allocate 9 TiB'), RuntimeError('you tried to allocate 9 bytes.\nframe #0: x'),
+                  torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9.00 GiB.')):
+        errors.tell(type(error), error, None)
+        line, = capsys.readouterr().err.splitlines()
+        assert 'llocate 9' in line
+    errors.tell(ValueError, ValueError('ours'), None)
+    assert capsys.readouterr().err.splitlines()[-1] == 'ValueError: ours'
+
+
+@pytest.mark.parametrize('variable, value', [
+    ('OMP_NUM_THREADS', 'abc'), ('FLATGPT_MIRROR', __file__), ('FLATGPT_MIRROR', 'nowhere'), ('HF_HOME', '/dev/null'),
+    ('TMPDIR', 'nowhere'), ('PYTHONIOENCODING', 'ascii'), ('LC_ALL', 'C'), ('LC_ALL', 'nowhere'), ('HOME', 'nowhere'),
+    ('CUDA_VISIBLE_DEVICES', 'abc'), ('COLUMNS', 'x'), ('MPLBACKEND', 'x'), ('TERM', '')])
+def test_odd_environments(run, tiny, trained, variable, value):
+    for script, words in ('train.py', ['--init_from=resume', '--max_iters=11', '--device=cpu']), (
+            'sample.py', ['--max_new_tokens=5', '--device=cpu']), ('plot_loss.py', ['checkpoints']):
+        result = run(script, *words, env={variable: value})
+        assert 'Traceback' not in result.err and result.status in (0, 2), result.err
+        assert result.err.count('\n') == (result.status == 2), result.err
 
 
 @pytest.mark.parametrize('args', [

@@ -235,6 +235,140 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
     assert steps(tmp_path) == {'ckpt.pt': 1}
 
 
+def with_moments(step, loss=2.0):
+    saved = state(step, loss) | {'ema': {'transformer.wpe.weight': torch.ones(64, 64)}, 'n_averaged': step}
+    saved['optimizer']['state'][0] = {'exp_avg': torch.zeros(64, 64), 'exp_avg_sq': torch.zeros(64, 64)}
+    return saved
+
+
+PLACES = {  # where a number stands, and how it is named
+    'transformer.wpe.weight': lambda saved: saved['model']['transformer.wpe.weight'],
+    'ema: transformer.wpe.weight': lambda saved: saved['ema']['transformer.wpe.weight'],
+    "optimizer['state'][0]['exp_avg_sq']": lambda saved: saved['optimizer']['state'][0]['exp_avg_sq'],
+}
+
+
+@pytest.mark.parametrize('name', PLACES)
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_neither_saved_nor_taken(tmp_path, capsys, name, bad):
+    for step in 5, 10:
+        checkpoints.save(with_moments(step), tmp_path, [f'step_{step:07d}.pt', 'ckpt.pt'])
+    spoilt = with_moments(15)
+    PLACES[name](spoilt)[3, 4] = bad
+    assert not checkpoints.save(spoilt, tmp_path, ['ckpt.pt'])
+    assert f'{name} holds numbers that are not finite' in capsys.readouterr().out and steps(tmp_path)['ckpt.pt'] == 10
+    (tmp_path / 'ckpt.pt').unlink()
+    torch.save(spoilt | {'parameters': ['transformer.wpe.weight']}, tmp_path / 'ckpt.pt')  # by another program, say
+    said = f'WARNING: {tmp_path}/ckpt.pt holds numbers that are not finite: {name}'
+    path, saved = checkpoints.newest(tmp_path)
+    out = capsys.readouterr().out
+    assert (path.name, saved['iter_num']) == ('step_0000010.pt', 10) and said in out and 'damaged' not in out
+    assert checkpoints.before(tmp_path, 16)[1]['iter_num'] == 10 and said in capsys.readouterr().out
+    for path in tmp_path.glob('step_*.pt'):
+        path.unlink()
+    with pytest.raises(SystemExit) as end:
+        checkpoints.newest(tmp_path)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count('\n') == 1 and name in err and 'damaged' not in err
+
+
+def test_a_buffer_may_be_infinite_and_no_nan(tmp_path):
+    mask = torch.full((3, 3), -math.inf)
+    saved = state(1)
+    saved['model']['mask'] = mask
+    assert checkpoints.save(saved, tmp_path, ['ckpt.pt'], parameters=['transformer.wpe.weight'])
+    assert torch.equal(checkpoints.newest(tmp_path)[1]['model']['mask'], mask)
+    mask[0, 0] = math.nan
+    assert not checkpoints.save(saved, tmp_path, ['ckpt.pt'], parameters=['transformer.wpe.weight'])
+
+
+@pytest.mark.parametrize('loss', [math.nan, -math.inf, torch.tensor(math.nan)])
+def test_a_best_loss_that_is_no_number_is_none(tmp_path, loss):
+    torch.save(state(1, loss), tmp_path / 'best.pt')
+    assert checkpoints.load(tmp_path / 'best.pt', resume=True)['best_val_loss'] == math.inf
+    checkpoints.save(state(2, 5.0), tmp_path, ['best.pt', 'ckpt.pt'])
+    assert steps(tmp_path)['best.pt'] == 2
+
+
+def test_a_best_whose_weights_are_no_numbers_is_replaced(tmp_path):
+    saved = state(1, 1.0)
+    saved['model']['transformer.wpe.weight'][0] = math.nan
+    torch.save(saved, tmp_path / 'best.pt')
+    checkpoints.save(state(2, 5.0), tmp_path, ['best.pt', 'ckpt.pt'])
+    assert steps(tmp_path)['best.pt'] == 2
+
+
+LAUNCHES = [('train.py', ['--init_from=resume']), ('train.py', ['--test', '--checkpoint=checkpoints/ckpt.pt']),
+            ('train.py', ['--init_from=checkpoints/ckpt.pt', '--out_dir=new']),
+            ('sample.py', ['--checkpoint=checkpoints/ckpt.pt']), ('checkpoint_averaging.py', ['--num_checkpoints=1'])]
+
+
+@pytest.mark.parametrize('script, args', LAUNCHES)
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_every_script_refuses_weights_that_are_not_finite(run, trained, script, args, bad):
+    """Infinite ones also in a file that does not say which are its parameters, as nanoGPT's."""
+    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    saved['model']['transformer.h.0.ln_1.weight'][0] = bad
+    saved.pop('parameters')
+    for path in trained.glob('*.pt'):
+        path.unlink()
+    torch.save(saved, trained / 'ckpt.pt')
+    result = run(script, *args, *(['--dataset=tiny', '--device=cpu', '--max_iters=12'] if script == 'train.py' else []))
+    assert result.status == 2 and result.err.count('\n') == 1, result.err
+    assert 'transformer.h.0.ln_1.weight' in result.err and 'not finite' in result.err and 'damaged' not in result.err
+
+
+@pytest.mark.parametrize('name', ['exp_avg', 'exp_avg_sq', 'step'])
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_a_resume_passes_over_moments_that_are_not_finite(run, trained, name, bad):
+    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    saved['optimizer']['state'][1][name].fill_(bad)
+    os.unlink(trained / 'ckpt.pt')
+    torch.save(saved, trained / 'ckpt.pt')
+    result = run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=12')
+    assert result.status == 0 and '; best.pt is taken' in result.out, result.err  # the same state under another name
+    assert f"not finite: optimizer['state'][1]['{name}']" in result.out
+    again = checkpoints.load(trained / 'ckpt.pt', resume=True)
+    assert again['iter_num'] == 12 and all(value.isfinite().all() for value in again['optimizer']['state'][1].values())
+
+
+def test_an_average_of_another_model(run, trained):
+    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    for change, named in ({'n_averaged': 3, 'ema': {'a.weight': torch.ones(3)}}, 'the ema of the checkpoint'), (
+            {'ema': saved['model']}, 'n_averaged'), (
+            {'n_averaged': 3, 'ema': saved['model'] | {'lm_head.weight': torch.ones(2, 2)}}, 'lm_head.weight'):
+        for path in trained.glob('*.pt'):
+            path.unlink()
+        torch.save(saved | change, trained / 'ckpt.pt')
+        result = run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=12', '--ema_decay=0.9')
+        assert result.status == 2 and result.err.count('\n') == 1 and named in result.err, result.err
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """torch opens a file several times, and between two of them a run puts the next ckpt.pt in its place."""
+    sound, later = torch.load, iter([2, 3])
+    checkpoints.save(state(1), tmp_path, ['ckpt.pt'])
+
+    def load(*args, **kwargs):
+        loaded = sound(*args, **kwargs)
+        if step := next(later, None):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, 'load', sound)
+                checkpoints.save(state(step), tmp_path, ['ckpt.pt'])
+        return loaded
+    monkeypatch.setattr(torch, 'load', load)
+    saved, sums = checkpoints.open_lazily(tmp_path / 'ckpt.pt')
+    assert saved['iter_num'] == 3
+    checkpoints.check_tensor(tmp_path / 'ckpt.pt', saved['model']['transformer.wpe.weight'], sums)
+
+    def delete(*args, **kwargs):
+        os.unlink(tmp_path / 'ckpt.pt')
+        raise RuntimeError('unable to open file')
+    monkeypatch.setattr(torch, 'load', delete)
+    with pytest.raises(checkpoints.Gone, match='ckpt.pt is gone'):
+        checkpoints.open_lazily(tmp_path / 'ckpt.pt')
+
+
 def test_a_folder_that_went_away_is_made_again(tmp_path):
     assert checkpoints.save(state(1), tmp_path / 'gone', ['ckpt.pt']) and steps(tmp_path / 'gone') == {'ckpt.pt': 1}
 
@@ -280,6 +414,9 @@ def test_a_long_name(train):
     (torch.tensor([complex(math.inf, 0)]).conj(), False), (torch.empty(0), True), (torch.empty(3, 0, 2), True),
     (torch.empty(0, dtype=torch.complex64), True), (torch.tensor([True, False]), True), (torch.tensor([2**62]), True),
     (torch.tensor(math.nan), False), (torch.tensor([1.0, -math.inf], dtype=torch.bfloat16), False),
+    (torch.zeros(1).expand(10**12), True), (torch.full((1,), math.inf).expand(10**12), False),
+    (torch.tensor([0.0, math.nan]).as_strided((10**6, 2), (0, 1)), False), (torch.empty(3, device='meta'), False),
+    (torch.tensor([1.0, math.inf]).to_sparse(), False), (torch.tensor([1.0]).to(torch.float8_e4m3fn), True),
 ])
 def test_whether_all_numbers_are_finite(tensor, expected):
     assert checkpoints.is_finite(tensor) == expected

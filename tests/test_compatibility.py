@@ -1,14 +1,14 @@
-"""What people bring from nanoGPT and Hugging Face, and what they take back. Layouts are built by hand here."""
+"""What people bring from nanoGPT, and what they take back. Layouts are built by hand here."""
 
-import json
-import os
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, losses
 
+from kit.data import tokens
 from model import GPT, GPTConfig
 
 ARGS = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=27, dropout=0.0)
@@ -85,79 +85,46 @@ def test_our_dataset_is_read_as_nanogpts(tiny):
     assert ''.join(meta['itos'][i] for i in train) == (tiny / 'text.txt').read_text()[:18_000]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face
-
-@pytest.fixture(scope='module')
-def hugging(tmp_path_factory):
-    """A small random GPT-2 as transformers saves it, with weights large enough to tell tanh-GELU from the exact one."""
-    transformers = pytest.importorskip('transformers')
-    folder = tmp_path_factory.mktemp('hf')
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=50257,
-                                     initializer_range=0.3)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    model.save_pretrained(folder)
-    return folder, model
+WORDS = ['the', 'cat', 'sat', 'on', 'a', 'mat', '.', '\n']
 
 
-def test_logits_are_those_of_transformers(hugging):
-    from kit.state import pretrained
-    folder, theirs = hugging
-    loaded = pretrained.load(str(folder))
-    ours = GPT(GPTConfig(**loaded['model_args'])).eval()
-    ours.load_state_dict(loaded['model'])
-    idx = torch.randint(50257, (2, 24))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize('meta, start, expected', [
+    ({'vocab_size': 8}, '1 7', r'1 7( [0-7])+'),
+    ({'vocab_size': np.int64(8), 'itos': {np.int64(i): np.str_(c) for i, c in enumerate('abcdefgh')}}, 'ab', '[a-h]+'),
+    ({'vocab_size': 8, 'itos': dict(enumerate(WORDS))}, 'the cat\nsat', r'.*'),
+    ({'vocab_size': 8, 'itos': [*'abcdefgh']}, 'ab', '[a-h]+'),
+    ({'vocab_size': 8, 'stoi': {c: i for i, c in enumerate('abcdefgh')}}, 'ab', '[a-h]+'),
+    ({'stoi': {c: i for i, c in enumerate('abcdefgh')}}, 'ab', '[a-h]+'),
+    ({'vocab_size': 8, 'itos': {i: c for i, c in enumerate('abcdefgh') if i != 5}}, 'ab', '[abcdegh]+'),
+], ids=['ids', 'numpy', 'words', 'list', 'stoi', 'no size', 'gap'])
+def test_a_meta_pkl_as_people_make_them(run, tmp_path, meta, start, expected):
+    folder = tmp_path / 'data/own'
+    folder.mkdir(parents=True)
+    for split, n in ('train', 3000), ('val', 500):
+        np.random.default_rng(n).integers(8, size=n).astype(np.uint16).tofile(folder / f'{split}.bin')
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    trained = run('train.py', '--dataset=own', *TINY)
+    assert trained.status == 0 and 'a sample of its own:' in trained.out, trained.err
+    sampled = run('sample.py', f'--start={start}', '--max_new_tokens=200', '--temperature=2', '--device=cpu')
+    assert sampled.status == 0, sampled.err
+    assert re.fullmatch(expected, sampled.out.split('steps\n')[1].rstrip('\n'), flags=re.S)
+    if 'itos' in meta and WORDS[0] in str(meta):
+        assert set(sampled.out.split('sat ')[1].split()) <= set(WORDS)
+        assert run('sample.py', '--start=dog', '--device=cpu').err.count("'dog' begins with none") == 1
+    assert run('sample.py', '--max_new_tokens=5', '--device=cpu').status == 0
+    tested = run('train.py', '--test', '--device=cpu')
+    assert tested.status == 0 and ('bits per byte unknown' in tested.out) == (len(meta) == 1 and 'vocab_size' in meta)
 
 
-def test_old_folders_with_pickled_weights(hugging, tmp_path):
-    """pytorch_model.bin, names without the prefix, with masks, as the first GPT-2 files had them."""
-    from kit.state import pretrained
-    folder, theirs = hugging
-    state = {name.removeprefix('transformer.'): value for name, value in theirs.state_dict().items()}
-    del state['lm_head.weight']
-    state['h.0.attn.bias'] = torch.ones(1, 1, 24, 24)
-    torch.save(state, tmp_path / 'pytorch_model.bin')
-    (tmp_path / 'config.json').write_text((folder / 'config.json').read_text())
-    new, old = pretrained.load(str(folder)), pretrained.load(str(tmp_path))
-    assert new['model_args'] == old['model_args'] and new['model'].keys() == old['model'].keys()
-    assert all(torch.equal(new['model'][name], old['model'][name]) for name in new['model'])
-
-
-def test_finetuning_in_a_smaller_window(hugging, run, tmp_path):
-    folder, _ = hugging
-    (tmp_path / 'data/bpe').mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split in 'train', 'val':  # a nanoGPT folder: ids of GPT-2, no meta
-        rng.integers(50257, size=2000).astype(np.uint16).tofile(tmp_path / f'data/bpe/{split}.bin')
-    tiny = [arg for arg in TINY if not arg.startswith('--n_')]
-    result = run('train.py', *tiny, '--dataset=bpe', f'--init_from={folder}', '--learning_rate=1e-4', '--min_lr=1e-5',
-                 '--max_iters=3', env={'TIKTOKEN_CACHE_DIR': '', 'https_proxy': 'http://127.0.0.1:9'})
-    assert result.status == 0, result.err
-    assert list(losses(result)) == [0, 1, 2] and 'From the checkpoint: n_embd = 32' in result.out
-    saved = torch.load(tmp_path / 'checkpoints/ckpt.pt', weights_only=True)
-    assert saved['model']['transformer.wpe.weight'].shape == (16, 32)
-    assert saved['model_args']['vocab_size'] == 50257 and saved['model_args']['gelu_approximate'] == 'tanh'
-
-
-@pytest.mark.parametrize('spoil, named', [
-    (lambda f: (f / 'config.json').write_text('{'), 'no whole Hugging Face folder'),
-    (lambda f: (f / 'model.safetensors').write_bytes(b'123'), 'no whole Hugging Face folder'),
-    (lambda f: (f / 'model.safetensors').unlink(), 'no whole Hugging Face folder'),
-    (lambda f: (f / 'config.json').write_text(json.dumps({'model_type': 'llama'})), "'llama'"),
-    (lambda f: (f / 'config.json').unlink(), 'config.json'),
-])
-def test_folders_that_will_not_do(hugging, train, tmp_path, spoil, named):
-    import shutil
-    shutil.copytree(hugging[0], tmp_path / 'model')
-    spoil(tmp_path / 'model')
-    result = train(f'--init_from={tmp_path}/model')
-    assert result.status == 2 and result.err.count('\n') == 1 and named in result.err
-    assert not os.path.exists(tmp_path / 'checkpoints')
-
-
-def test_characters_do_not_fit_gpt2(hugging, run, tiny):
-    result = run('train.py', '--dataset=tiny', f'--init_from={hugging[0]}', '--block_size=16')
-    assert result.status == 2 and 'tokenizer' in result.err and result.err.count('\n') == 1
+@pytest.mark.parametrize('meta', [
+    {'vocab_size': 8.5}, {'vocab_size': 0}, {'vocab_size': '8'}, {'itos': {'a': 0}},
+    {'vocab_size': 8, 'itos': {i: i for i in range(8)}}, {'vocab_size': 8, 'itos': 5}, {}, [], 5,
+    {'vocab_size': 10**12, 'itos': 'ab'}, {'vocab_size': 10**12},
+    {'vocab_size': 8, 'itos': np.array([*'abcdefgh'])}, {'vocab_size': np.array(8, object)}, {'vocab_size': Exception},
+], ids=str)
+def test_a_meta_pkl_that_will_not_do(tmp_path, capsys, meta):
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    with pytest.raises(SystemExit):
+        tokens.read_meta(tmp_path)
+    err = capsys.readouterr().err
+    assert 'meta.pkl is damaged or foreign' in err and err.count('\n') == 1

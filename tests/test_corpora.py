@@ -121,7 +121,7 @@ def test_shakespeare_by_bpe_is_nanogpts(run, tmp_path):
         del os.environ['TIKTOKEN_CACHE_DIR']
     data = (MIRROR / 'tinyshakespeare.txt').read_text()
     assert tokens.decode(text, ids(tmp_path / 'data/shakespeare', 'train')) == data[:1003854]
-    assert text.encode('O Romeo\u00fc<|endoftext|>')[-1] == 50256 == meta['end_of_text']
+    assert text.end == 50256 == meta['end_of_text'] and text.encode('O Romeo\u00fc') == [46, 43989, 9116]
     assert tokens.padded_vocab_size(meta) == 50304 and text.size == 50257
 
 
@@ -273,7 +273,9 @@ DAMAGES = {
     'odd length': (lambda d: (d / 'train.bin').write_bytes(b'\0' * 3001), ['train.bin', '3001 bytes']),
     'short': (lambda d: (d / 'val.bin').write_bytes(b'\0' * 20), ['val.bin', '10']),
     'other bytes': (lambda d: (d / 'val.bin').write_bytes(b'\1' * 2000), ['val.bin', 'sha256']),
-    'beyond the vocabulary': (lambda d: rewrite(d, vocab_size=20), ['beyond the vocabulary of 20']),
+    'beyond the vocabulary': (lambda d: (rewrite(d, files={}), (d / 'val.bin').write_bytes(b'\x63\0' * 1000)),
+                              ['val.bin', 'id 99', 'beyond the vocabulary of']),
+    'a vocabulary of another size': (lambda d: rewrite(d, vocab_size=20), ['meta', '20']),
     'no tokenizer': (lambda d: rewrite(d, tokenizer=None), ['meta', 'prepare']),
     'odd vocabulary': (lambda d: rewrite(d, vocab_size='27'), ['meta', '27']),
     'odd dtype': (lambda d: rewrite(d, dtype='foo'), ['meta', 'foo']),

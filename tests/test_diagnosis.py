@@ -323,3 +323,76 @@ def test_histories_against_a_plain_list():
     h.until = math.inf
     h.cut(middle)
     assert list(zip(*h.get('loss'))) == [(s, v) for s, v in plain if s <= middle]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs that diverge, however short
+
+
+@pytest.mark.parametrize('losses, vals, is_diverged', [
+    ([4.2] + [math.nan] * 9, [4.2, math.nan], True), ([math.nan] * 10, [math.nan, math.nan], True),
+    ([4.2, 1e30, 1e30], [4.2, 1e30], True), ([4.2] + [1e308] * 6, [4.2], True), ([4.2] + [math.nan] * 6, [4.2], True),
+    ([4.2] + [60.0] * 9, [4.2, 55.0], True), ([9.0, 8.0, 7.0], [9.0, 6.9], False),  # it began high, and comes down
+    ([4.2, 4.3, 4.4], [4.2, 4.3], False), ([4.2, math.nan, math.nan, 4.0], [4.2, 3.9], False), ([4.2], [4.2], False),
+    ([4.2] + [math.nan] * 3, [4.2], False)])  # too few to tell
+def test_a_run_has_diverged(losses, vals, is_diverged):
+    h = History({'vocab_size': 65, 'learning_rate': 1e6, 'warmup_iters': 0, 'grad_clip': 1.0})
+    for step, loss in enumerate(losses):
+        h.add(step, {'loss': loss, 'grad_norm': 1.0, 'lr': 1e6})
+    for step, loss in zip([0, len(losses)], vals):
+        h.add(step, {'val/loss': loss, 'train/loss': loss})
+    words = [line for line in diagnosis.verdict(h) if line.startswith('diverged: ')]
+    assert len(words) == is_diverged
+    for line in words:
+        assert 'a fair guess among 65 ids has 4.1744' in line and '--learning_rate=0.03' in line and '--find_lr' in line
+
+
+@pytest.mark.parametrize('args', [['--learning_rate=1e6'], ['--learning_rate=1e30', '--save_interval=1'],
+                                  ['--learning_rate=1e6', '--grad_clip=0', '--eval_interval=0', '--max_iters=3']])
+def test_a_short_run_that_diverges_ends_with_its_verdict(train, run, trained, args):
+    """Shorter than max_bad_steps; and no command is offered that has nothing to work with."""
+    result = train(*args, '--warmup_iters=0', '--out_dir=short')
+    assert result.status == 0 and result.err == '', result.err
+    assert '\ndiverged: the val loss is ' in result.out and '--learning_rate=0.03' in result.out
+    assert 'no sample: ' in result.out and 'plot_loss.py short' in result.out
+    offered = result.out.partition('\nnext:')[2]
+    assert not any(name in offered for name in ('sample.py', '--test', 'checkpoint_averaging')), offered
+    drawn = run('plot_loss.py', 'short')
+    assert drawn.status == 0 and drawn.err == '' and 'diverged: the val loss is ' in drawn.out
+
+
+def test_whatever_sampling_does_the_verdict_comes(hooked):
+    result = hooked('from kit.watch import samples\ndef broken(*args):\n    raise RuntimeError("no words")\n'
+                    'samples.show = broken')
+    assert result.status == 0 and result.err == '', result.err
+    assert '\nno sample: RuntimeError: no words\nbest val loss ' in result.out
+    assert 'sample.py' in result.out and '--test' in result.out
+
+
+@pytest.mark.parametrize('interval, is_offered', [(1, True), (5, False)])
+def test_averaging_is_offered_where_it_has_enough(train, run, interval, is_offered):
+    result = train(f'--save_interval={interval}')
+    assert ('checkpoint_averaging.py' in result.out.partition('\nnext:')[2]) == is_offered
+    assert (run('checkpoint_averaging.py', '--evaluate=False').status == 0) == is_offered
+
+
+def test_the_same_event_is_told_in_full_a_few_times():
+    h, _ = history(loss=lambda t: 9.0 if t % 40 == 39 else 2 + 0.05 * math.sin(t))
+    lines = [line for line in diagnosis.verdict(h) if line.startswith('loss spike')]
+    assert len(lines) == diagnosis.MOST_OFTEN + 1 and lines[-1] == 'loss spike: 7 more times'
+
+
+def test_a_replay_of_damaged_records(train, trained):
+    metrics, config = trained / 'metrics.jsonl', trained / 'config.json'
+    with open(metrics, 'a') as file:
+        file.write('{"step": 9, "loss": 1e400, "lr": NaN, "rewinds": 1e300}\n{"step": 9, "rewinds": NaN}\n')
+    result = train('--inspect_step=9')
+    assert result.status == 0 and 'step 9, replayed:' in result.out, result.err
+    result = train('--inspect_step=1000000000000000000')
+    assert result.status == 2 and result.err.count('\n') == 1 and 'has made the steps 0 to 9' in result.err
+    for path in trained.glob('*.pt'):
+        path.unlink()
+    for text in '[]', '{"settings": 5}', '{"settings": {"init_from": 5}}', '{"settings": {"weights": [1]}}', '{':
+        config.write_text(text)
+        result = train('--inspect_step=3')
+        assert result.status == 2 and result.err.count('\n') == 1 and 'checkpoints' in result.err, result.err

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -68,15 +69,22 @@ def write_gz(path):
     path.write_bytes(gzip.compress(path.read_bytes()))
 
 
+def write_json(path):
+    path.write_text(json.dumps([{'n': 3, 'text': text} for text in DOCUMENTS], indent=1), encoding='utf-8')
+
+
 def write_files(path):
     path.mkdir()
     for i, text in enumerate(DOCUMENTS):
-        (path / f'{i:03}{(".txt", ".md", ".py")[i % 3]}').write_bytes(text.encode())
+        if i % 4 < 3:
+            (path / f'{i:03}{(".txt", ".md", ".py")[i % 4]}').write_bytes(text.encode())
+        else:
+            (path / f'{i:03}.txt.gz').write_bytes(gzip.compress(text.encode()))
     (path / 'picture.png').write_bytes(b'\xff\xfe\x00')
 
 
 FORMATS = {'x.jsonl': lambda path: write_jsonl(path, DOCUMENTS), 'x.jsonl.gz': write_gz, 'x.jsonl.zst': write_zst,
-           'x.csv': write_csv, 'x.parquet': write_parquet, 'folder': write_files}
+           'x.json': write_json, 'x.csv': write_csv, 'x.parquet': write_parquet, 'folder': write_files}
 
 
 def expected(encode, end, documents=DOCUMENTS, seed=1337):
@@ -101,7 +109,7 @@ def test_formats_are_one_text(prepare, place, name):
     meta = check(place / 'data/x', expected(lambda text: [chars.index(c) for c in text], len(chars)))
     assert meta['tokenizer']['chars'] == chars + [END] and meta['end_of_text'] == len(chars)
     assert sum(meta['documents'].values()) == len(DOCUMENTS) and 10 <= meta['documents']['val'] <= 15
-    assert not (place / 'data/x/part').exists()
+    assert not (place / 'data/x/.part').exists()
 
 
 @needs_mirror
@@ -129,7 +137,7 @@ def test_bpe_learns_what_its_library_learns(prepare, place):
     meta = tokens.read_meta(place / 'data/x')
     assert f'no more than {meta["vocab_size"]:,} ids' in result.out and 500 < meta['vocab_size'] < 5000
     text = tokens.tokenizer(meta['tokenizer'])
-    assert text.decode_bytes(text.encode('plain text')) == b'plain text' and text.specials == {text.size - 1}
+    assert text.decode_bytes(text.encode('plain text')) == b'plain text' and text.end == text.size - 1
     sizes = {split: entry['tokens'] for split, entry in meta['files'].items()}
     assert sum(sizes.values()) < 200_000 / 3  # bytes a token
 
@@ -206,6 +214,95 @@ def test_a_long_word_takes_no_longer_than_others(prepare, place):
     assert tokens.decode(text, np.concatenate([data['train'], data['val']])) == ''.join(t + END for t in texts)
     for text in [*texts, '', 'ab' * 1023, 'x' * 2048 + 'y', '-' * 2048]:
         assert ''.join(bins.cut_runs(text)) == text and all(len(run) < 4096 for run in bins.cut_runs(text)[:-1])
+
+
+def read_all(path, **settings):
+    """The documents of a file, whole."""
+    found, text = [], ''
+    for piece, ends in documents.read([path], bar=tqdm(disable=True), **settings):
+        text += piece
+        if ends:
+            found.append(text)
+            text = ''
+    assert not text
+    return found
+
+
+def dumped_as(how):
+    """DOCUMENTS as JSON, in one of many ways."""
+    rows = [{'text': text, 'more': [{'a': '[{'}]} for text in DOCUMENTS]
+    return {'array': json.dumps(rows), 'lines': '\n'.join(map(json.dumps, rows)), 'strings': json.dumps(DOCUMENTS),
+            'indented': '\ufeff\n ' + json.dumps(rows, indent=40, ensure_ascii=False) + '\n \n',
+            'indented objects': '\n'.join(json.dumps(row, indent=2) for row in rows)}[how]
+
+
+@pytest.mark.parametrize('how', ['array', 'lines', 'strings', 'indented', 'indented objects'])
+def test_json_is_read_in_pieces(place, how, monkeypatch):
+    (place / 'x.json').write_text(dumped_as(how), encoding='utf-8')
+    for block in 50, 1009, 2**20:
+        monkeypatch.setattr(documents, 'BLOCK', block)
+        assert read_all(place / 'x.json') == DOCUMENTS
+    assert list(documents.read([place / 'x.json'], bar=tqdm(disable=True), skip=9))[0] == (DOCUMENTS[9], True)
+
+
+@pytest.mark.parametrize('separator', [';', '\t', '|'])
+def test_separators_of_spreadsheets(prepare, place, separator):
+    with open(place / 'x.csv', 'w', newline='', encoding='utf-8-sig') as file:
+        writer = csv.writer(file, delimiter=separator)
+        writer.writerows([['n', 'a, b', 'text'], *(['3,5', '', text] for text in DOCUMENTS)])
+    result = prepare('--input=x.csv', '--tokenizer=bpe', '--vocab_size=300')
+    assert result.out.count(f'separator {separator!r}') == 1 and f'{len(DOCUMENTS)} documents' in result.out
+    assert read_all(place / 'x.csv') == DOCUMENTS
+    assert read_all(place / 'x.csv', text_key='n') == ['3,5'] * len(DOCUMENTS)
+
+
+def test_other_files_are_said(prepare, place):
+    """What is read as text for want of a better name, and what is not read; only what is text is text."""
+    (place / 'many').mkdir()
+    for name in 'a.txt', 'b.png', 'c.bin', 'LICENSE':
+        (place / 'many' / name).write_text(some_text())
+    (place / 'page.html').write_text(some_text())
+    odd = os.fsdecode(b'caf\xe9')
+    (place / odd).write_bytes(gzip.compress(some_text().encode()))
+    (place / f'{odd}.gz').write_bytes(gzip.compress(some_text().encode()))
+    result = prepare(f'--input=many,page.html,{odd}.gz')
+    assert 'many: files that end in .bin, .png, LICENSE are left out' in result.out
+    assert 'page.html, caf?.gz are read as plain text' in result.out and '3 documents' in result.out
+    result = prepare(f'--input={odd}', '--overwrite', status=2)
+    assert 'is no text: there is a NUL' in result.err and result.err.count('\n') == 1
+
+
+def test_input_is_files(prepare, place):
+    """No pipes that never end, no links to nowhere, no names that no file can have."""
+    os.mkfifo(place / 'pipe.txt')
+    os.symlink('nowhere', place / 'link.txt')
+    os.symlink('loop.txt', place / 'loop.txt')
+    (place / 'folder').mkdir()
+    os.symlink('nowhere', place / 'folder/link.txt')
+    for name, why in [('pipe.txt', '--input=-'), ('/dev/null', '--input=-'), ('link.txt', 'No such file'),
+                      ('loop.txt', 'symbolic links'), ('folder', 'folder/link.txt'), ('x' * 300, 'too long'),
+                      ('x' * 5000, 'too long'), ('pipe.txt/x', 'Not a directory'), ('p*.txt', '--input=-')]:
+        result = prepare(f'--input={name}', status=2)
+        assert why in result.err and result.err.count('\n') == 1 and len(result.err) < 600, result.err
+        assert os.listdir(place / 'data') == []
+
+
+def test_a_folder_that_may_not_be_read(place, monkeypatch, capsys):
+    """os.walk tells of it to who asks; the files in there would be missing."""
+    def walk(folder, onerror):
+        onerror(PermissionError(13, 'Permission denied', f'{folder}/closed'))
+        return iter([])
+    monkeypatch.setattr(os, 'walk', walk)
+    with pytest.raises(SystemExit):
+        documents.find(str(place))
+    assert f'{place}/closed cannot be read (Permission denied)' in capsys.readouterr().err
+
+
+def test_standard_input_that_is_closed(place):
+    result = subprocess.run(f'{sys.executable} {ROOT}/prepare.py --input=- --dataset=x <&-', shell=True, cwd=place,
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count('\n') == 1 and '0 characters' in result.stderr
+    assert os.listdir(place / 'data') == []
 
 
 def test_standard_input(prepare, place):
@@ -304,6 +401,109 @@ def test_python_docstrings(run, place):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what ends a document inside of a text
+
+
+@needs_mirror
+@pytest.mark.parametrize('tokenizer', ['char', 'byte', 'bpe', 'gpt2'])
+def test_separator(prepare, place, tokenizer):
+    """Wherever it stands, in a file or a row, a document ends; without --separator it is text, and counted."""
+    stories = [f'\nStory {i} begins: {some_text(20 + i % 90, seed=i)}' for i in range(300)]
+    (place / 'x.txt').write_text(END.join(stories[:200]) + END + ' \n')
+    write_jsonl(place / 'y.jsonl', [END + END.join(stories[200:250]), f' {END}{END}\n', *stories[250:]])
+    command = ['--input=x.txt,y.jsonl', f'--tokenizer={tokenizer}', '--vocab_size=300']
+    small, env = 'from kit.data import bins, documents; documents.BLOCK = 97', {'FLATGPT_MIRROR': str(MIRROR)}
+    result = prepare(*command, f'--separator={END}', code=small, env=env)
+    meta = tokens.read_meta(place / 'data/x')
+    assert meta['separator'] == END and 'plain text' not in result.out and '300 documents' in result.out
+    text, ids = tokens.tokenizer(meta['tokenizer']), lambda piece: text.encode(piece)
+    if tokenizer == 'char':
+        ids = lambda piece: [meta['tokenizer']['chars'].index(char) for char in piece]  # noqa: E731
+        assert not set('<|>') & set(meta['tokenizer']['chars'])
+    check(place / 'data/x', expected(ids, meta['end_of_text'], stories))
+    result = prepare(*command, '--overwrite', code=small, env=env)
+    assert f"{END} stands 252 times in the text, as plain text; --separator='{END}' makes it the end" in result.out
+    data, meta = tokens.read_dataset(place / 'data/x')
+    whole = np.concatenate([data[split] for split in ('train', 'val', 'test')])
+    assert 'separator' not in meta and sum(meta['documents'].values()) == 53
+    assert int((whole == meta['end_of_text']).sum()) == 53
+
+
+def test_separators_across_pieces(place, monkeypatch):
+    draw = random.Random(5)
+    for _ in range(300):
+        monkeypatch.setattr(documents, 'BLOCK', draw.choice([3, 7, 20, 97]))
+        monkeypatch.setattr(documents, 'PATIENCE', draw.choice([1, 3]))
+        separator = draw.choice([END, 'a', 'ab', '\n\n', 'aa', 'b a', 'aab', ' '])
+        letters = draw.choice(['ab ', 'a', '<|endoftext|> ', '\n a', '\u4e16b '])
+        text = draw.choice([separator, END]).join(''.join(draw.choices(letters, k=draw.randint(0, 60))) for _ in 'abc')
+        (place / 'x.txt').write_bytes(text.encode())
+        assert read_all(place / 'x.txt', separator=separator) == [t for t in text.split(separator) if t.strip()]
+        pieces = list(documents.read([place / 'x.txt'], bar=tqdm(disable=True)))
+        assert sum(piece.count(END) for piece, _ in pieces) == text.count(END)  # none is cut apart
+
+
+def test_separator_that_stands_nowhere(prepare, place):
+    text(place / 'x.txt', some_text())
+    assert f'{END!r} divides nothing' in prepare('--input=x.txt', f'--separator={END}').out
+    _, meta = tokens.read_dataset(place / 'data/x')
+    assert 'separator' not in meta and 'documents' not in meta
+
+
+def test_separator_is_not_for_all(prepare, run, place):
+    text(place / 'a.tsv', 'x\ty\n' * 200)
+    for result in (prepare('--input=a.tsv', f'--separator={END}', status=2),
+                   run('prepare.py', 'python_docs', f'--separator={END}')):
+        assert result.status == 2 and result.err.count('\n') == 1 and f"--separator='{END}'" in result.err
+        assert os.listdir(place / 'data') == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files that are cut off
+
+
+def zst_frames(text):
+    """Some frames, with and without a checksum and the size of what is in them, and one that holds no text."""
+    zstandard = pytest.importorskip('zstandard')
+    size = len(text) // 5 + 1
+    frames = [zstandard.ZstdCompressor(write_checksum=i % 2 == 0, write_content_size=i % 3 == 0).compress(
+        text[i * size:(i + 1) * size]) for i in range(5)]
+    return [*frames[:2], b'\x53\x2a\x4d\x18\x04\0\0\0abcd', *frames[2:], zstandard.compress(b'x' * 10**6 + b'\n')]
+
+
+def gz_members(text):
+    return [gzip.compress(text[:3000]), gzip.compress(text[3000:])]
+
+
+def parquet_bytes(text):
+    pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({'text': text.decode().split('\n')}), sink)
+    return [sink.getvalue().to_pybytes()]
+
+
+@pytest.mark.parametrize('name, pack', [('x.txt.zst', zst_frames), ('x.txt.gz', gz_members),
+                                        ('x.parquet', parquet_bytes)])
+def test_the_end_is_seen(place, capsys, name, pack):
+    """Cut off anywhere but between two frames, where nobody can know, or with something behind: one line."""
+    data = some_text(9000).encode() + os.urandom(400).hex().encode()
+    parts = pack(data)
+    whole, borders = b''.join(parts), {sum(map(len, parts[:i])) for i in range(1, len(parts) + 1)}
+    (place / name).write_bytes(whole)
+    assert len(''.join(read_all(place / name))) > 9000
+    cuts = {*range(40), *range(len(whole) - 40, len(whole)), *range(0, len(whole), 61)} - borders
+    for cut in sorted(cuts):
+        (place / name).write_bytes(whole[:cut])
+        with pytest.raises(SystemExit):
+            read_all(place / name)
+        err = capsys.readouterr().err
+        assert err.count('\n') == 1 and name in err and 'cut off' in err, (cut, err)
+    (place / name).write_bytes(whole + b'garbage')
+    with pytest.raises(SystemExit):
+        read_all(place / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # mistakes
 
 
@@ -335,6 +535,31 @@ MISTAKES = {
     'no gzip': ('a.jsonl.gz', GOOD, [], ['a.jsonl.gz', 'gzip']),
     'no zstd': ('a.jsonl.zst', GOOD, [], ['a.jsonl.zst']),
     'no parquet': ('a.parquet', GOOD, [], ['a.parquet']),
+    'no array': ('a.json', '{"version": "1", "data": [{"text": "x"}]}', [], ['a.json, row 1', 'inside of data']),
+    'numbers': ('a.json', '[1, 2]', [], ['a.json, row 1', 'no object']),
+    'an open array': ('a.json', f'[{GOOD}', [], ['a.json, row 2', 'cut off']),
+    'half a row': ('a.json', f'[{GOOD[:-9]}', [], ['a.json, row 1', 'cut off']),
+    'more than an array': ('a.json', f'[{GOOD}] and {GOOD}', [], ['a.json, row 2', 'no JSON']),
+    'text in .json': ('a.json', 'some words ' * 50, [], ['a.json, row 1', 'no JSON']),
+    'deep JSON': ('a.json', '[' * 100_000, [], ['a.json, row 1', 'recursion']),
+    'a deep line': ('a.jsonl', GOOD + '[' * 100_000, [], ['a.jsonl, line 2', 'recursion']),
+    'NaN': ('a.json', f'[{GOOD}, {{"text": NaN}}]', [], ['a.json, row 2', 'nan']),
+    'a key twice': ('a.json', f'[{GOOD}, {{"text": "x", "text": "y"}}]', [], ['a.json, row 2', 'twice']),
+    'a key twice in a line': ('a.jsonl', GOOD + '{"text": "x", "text": "y"}', [], ['a.jsonl, line 2', 'twice']),
+    'no pairs in .json': ('a.json', f'[{GOOD}]', ['--pairs'], ['a.json, row 1', 'prompt', 'response']),
+    'a column twice': ('a.csv', 'text,text\nx,y\n', [], ['a.csv', 'two columns', 'text']),
+    'an open quote': ('a.csv', 'n,text\n1,x\n2,"never\n3,closed\n', [], ['a.csv, line 3', 'quote']),
+    'a quote in between': ('a.csv', 'n,text\n1,"x" and y\n', [], ['a.csv, line 2', 'quote']),
+    'another separator': ('a.csv', 'id;body\n1;x\n', [], ['a.csv, line 2', 'id, body', '--text_key=id takes']),
+    'NUL': ('a.txt', 'x' * 200 + '\0', [], ['a.txt', 'NUL', 'offset 200']),
+    'NUL in a row': ('a.csv', 'text\nx\0\n', ['--errors=replace'], ['a.csv', 'NUL', 'offset 6']),
+    'UTF-16': ('a.txt', ('x' * 200).encode('utf-16'), ['--errors=replace'], ['a.txt', 'UTF-16', 'iconv']),
+    'UTF-16 rows': ('a.csv', 'n;text\n'.encode('utf-16'), [], ['a.csv', 'UTF-16', 'iconv']),
+    'UTF-32': ('a.jsonl', GOOD.encode('utf-32-be'), [], ['a.jsonl', 'NUL', 'offset 0']),
+    'UTF-16 without a mark': ('a.md', ('x' * 200).encode('utf-16-le'), [], ['a.md', 'NUL', 'UTF-16']),
+    'a document of Word': ('a.docx', b'PK\x03\x04\x14\0\x06\0' + b'x' * 200, [], ['a.docx is no text']),
+    'a gzip in disguise': ('a.txt', gzip.compress(GOOD.encode()), [], ['a.txt is no']),
+    'an empty gzip': ('a.txt.gz', b'', [], ['a.txt.gz', 'empty']),
     'no rows': ('a.jsonl', '', [], ['0 characters']),
     'little text': ('a.txt', 'x' * 99, [], ['99 characters']),
     'few tokens': ('a.txt', '-' * 128, ['--tokenizer=gpt2'], ['2 tokens', 'too few']),
@@ -424,7 +649,7 @@ def content(folder):
 
 CASES = {'char': ['--input=x.jsonl', '--shard_size=5000'], 'byte': ['--input=x.txt', '--tokenizer=byte'],
          'bpe': ['--input=x.jsonl', '--tokenizer=bpe', '--vocab_size=400', '--shard_size=3000'],
-         'pairs': ['--input=x.tsv']}
+         'pairs': ['--input=x.tsv'], 'separator': ['--input=x.txt', '--tokenizer=byte', '--separator=. ']}
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -448,6 +673,7 @@ def test_power_cuts(prepare, place, case):
         assert content(folder) == whole or not is_whole(folder) or tokens.read_meta(folder)['source'] == 'old.txt'
         calls += 1 + calls // 5
     assert content(folder) == whole and resumed > 5
+    assert (f'{END} stands 3 times' in result.out) == (case not in ('pairs', 'separator'))
 
 
 def test_another_job_does_not_go_on(prepare, place):
@@ -459,11 +685,11 @@ def test_another_job_does_not_go_on(prepare, place):
     write_jsonl(place / 'x.jsonl', DOCUMENTS[1:])
     assert 'another files' in prepare('--input=x.jsonl', status=2).err
     result = prepare('--input=x.jsonl', '--overwrite')
-    assert 'going on' not in result.out and not (place / 'data/x/part').exists()
+    assert 'going on' not in result.out and not (place / 'data/x/.part').exists()
     assert sum(tokens.read_meta(place / 'data/x')['documents'].values()) == len(DOCUMENTS) - 1
 
 
-@pytest.mark.parametrize('calls', [1, 30, 60, 75])
+@pytest.mark.parametrize('calls', [1, 30, 60, 76])
 def test_a_full_disk(prepare, place, calls):
     write_jsonl(place / 'x.jsonl', DOCUMENTS)
     prepare('--input=x.jsonl')
@@ -472,14 +698,15 @@ def test_a_full_disk(prepare, place, calls):
     result = prepare('--input=x.jsonl', '--overwrite', code=SMALL_STEPS + full, env={'CALLS': str(calls)}, status=2)
     assert result.err.count('\n') == 1 and 'No space left' in result.err
     assert content(place / 'data/x') == whole  # the old one
-    assert ('goes on' in result.err) == (place / 'data/x/part').exists() == (calls > 1)
+    assert ('goes on' in result.err) == (place / 'data/x/.part').exists() == (calls > 1)
     result = prepare('--input=x.jsonl', '--overwrite', code=SMALL_STEPS)
     assert content(place / 'data/x') == whole and ('going on' in result.out) == (calls > 1)
 
 
 def test_a_disk_without_room_for_a_note(prepare, place):
     write_jsonl(place / 'x.jsonl', DOCUMENTS)
-    full = "\ndef full(*args):\n    raise OSError(28, 'No space left on device')\nbins.write_whole = full\n"
+    full = ("\nfrom kit.base import files\ndef full(*args):\n    raise OSError(28, 'No space left on device')\n"
+            'files.write_whole = full\n')
     result = prepare('--input=x.jsonl', '--tokenizer=byte', code=SMALL_STEPS + full, status=2)
     assert 'nothing is kept' in result.err and not (place / 'data/x').exists()
 
@@ -541,6 +768,18 @@ def test_streams(prepare, place, name, story):
     result = prepare(*command, code=code)
     assert 'going on after 1' in result.out and 'skipped 1' in result.out
     texts = [f'{story} {i} tells of ' + 'word ' * (i % 7) for i in range(300)]
+    check(place / 'data/x', expected(str.encode, 256, texts))
+
+
+def test_a_stream_with_a_separator(prepare, place):
+    """A row is no longer one document: what is done already is read again."""
+    command = ['--input=hf:a/b', '--text_key=story', '--tokenizer=byte', '--separator= tells of ']
+    code = SMALL_STEPS + FAKE_DATASETS
+    result = prepare(*command, code=code + 'bins.BATCH = 300', env={'STOP_AT': '200'}, status=2)
+    assert 'goes on from there' in result.err
+    result = prepare(*command, code=code)
+    assert 'going on after' in result.out and 'skipped' not in result.out
+    texts = [text for i in range(300) for text in (f'a/b//train {i}', 'word ' * (i % 7)) if text]
     check(place / 'data/x', expected(str.encode, 256, texts))
 
 

@@ -92,7 +92,8 @@ def test_the_numbers_are_those_of_train_py(run, minimal, tiny, dataset):
     saved, other = (torch.load(tiny / name, weights_only=True) for name in ('minimal.pt', 'checkpoints/ckpt.pt'))
     assert saved['model_args'] | {'dropout': 0.0} == other['model_args']
     assert saved['optimizer']['param_groups'] == other['optimizer']['param_groups']
-    assert saved['meta'] == other['meta'] and saved['iter_num'] == other['iter_num'] == 50
+    assert saved['meta'] | {'text': other['meta']['text']} == other['meta']
+    assert saved['iter_num'] == other['iter_num'] == 50
 
 
 def test_the_other_scripts_read_its_checkpoint(run, minimal, tiny):

@@ -192,6 +192,11 @@ DAMAGES = {
     'a number': (moment(lambda m: 0.5), 'exp_avg of parameter 0 is of type float, and must be float32'),
     'nothing': (moment(lambda m: None), 'exp_avg of parameter 0 is of type NoneType'),
     'a count of a shape': (moment(lambda m: torch.ones(2), 'step'), r'step of parameter 0 is float32 of shape \(2,\)'),
+    'a count without end': (moment(lambda m: math.inf, 'step'), 'step of parameter 0 holds numbers that are not'),
+    'beyond float32': (moment(lambda m: m.double() + 1e300), 'exp_avg of parameter 0 holds numbers that are not'),
+    'one tensor twice': (lambda saved: saved['state'][0].update(exp_avg=saved['state'][0]['exp_avg_sq']),
+                         'two of its moments share their memory'),
+    'a group that is none': (lambda saved: saved['param_groups'].__setitem__(0, 5), 'one of its groups is no dict'),
     'missing': (lambda saved: saved['state'][0].pop('exp_avg_sq'), 'parameter 0 lacks exp_avg_sq'),
     'extra': (lambda saved: saved['state'][0].update(momentum=torch.ones(2)), 'parameter 0 has momentum'),
     'no dict': (lambda saved: saved['state'].update({0: torch.ones(2)}), 'what it has of parameter 0 is float32'),
@@ -298,6 +303,15 @@ def test_of_another_kind(mine, theirs):
     _, other = trained_with(KINDS[theirs])
     with pytest.raises(ValueError, match='parameter 0 (lacks|has) .*: it is of another optimizer than'):
         optimizer_state.restore(KINDS[mine](parameters()), other.state_dict())
+
+
+@pytest.mark.parametrize('mine, theirs', [('AdamW', 'RAdam'), ('RAdam', 'AdamW'), ('AdamW', 'AdamW')])
+def test_of_another_kind_with_the_same_moments(capsys, mine, theirs):
+    """They can be taken, and it is said."""
+    _, other = trained_with(KINDS[theirs])
+    optimizer_state.restore(KINDS[mine](parameters()), other.state_dict())
+    said = capsys.readouterr().out
+    assert said == '' if mine == theirs else f'saved by another than {mine}' in said and 'amsgrad' in said
 
 
 @pytest.mark.parametrize('name', DAMAGES)

@@ -1,5 +1,6 @@
 """The command line of every script, on a script of a few settings, and what the settings of the real ones may be."""
 
+import os
 import subprocess
 import sys
 
@@ -62,6 +63,10 @@ def outcome(result):
     (['--start=a=b --c'], (12, 1e-3, None, True, 'a=b --c', [])),
     (['--start=1'], (12, 1e-3, None, True, '1', [])),
     (['--start='], (12, 1e-3, None, True, '', [])),
+    (['--start=\udcff'], (12, 1e-3, None, True, '\udcff', [])),  # a byte that is no UTF-8, as in names of files
+    (['--start=' + 'x' * 70_000], (12, 1e-3, None, True, 'x' * 70_000, [])),
+    (['--batch_size=1_0', '--learning_rate= .5 '], (10, 0.5, None, True, 'x', [])),  # what Python takes for a number
+    (['--batch_size=\uff15'], (5, 1e-3, None, True, 'x', [])),
 ])
 def test_values(script, args, expected):
     assert outcome(script(*args)) == expected
@@ -114,6 +119,23 @@ def test_help(script):
     (['--learning_rate=nan'], ['learning_rate', 'nan', 'finite']),
     (['--learning_rate=1e999'], ['learning_rate', '1e999', 'finite']),
     (['--learning_rate=2'], ['learning_rate = 2.0', 'try 0.001']),
+    (['--learning_rate=' + '9' * 400], ['learning_rate', 'inf', 'finite']),
+    (['--batch_size=' + '9' * 400], ['batch_size', '9 ... 9', '2**63']),
+    (['--batch_size=' + '9' * 5000], ['batch_size', '9 ... 9', 'whole number']),
+    (['--batch_size=-9223372036854775809'], ['batch_size', '2**63']),
+    (['--batch_size=0x10'], ['batch_size', '0x10', 'whole number']),
+    (['--batch_size='], ['batch_size', "''", 'whole number']),
+    (['--learning_rate='], ['learning_rate', "''", 'number']),
+    (['--batch_size=\udcff'], ['batch_size', 'udcff']),
+    (['--=3'], ['--: there is no such setting']),
+    (['---x=3'], ['---x: there is no such setting']),
+    (['--' + 'x' * 70_000], ['--xxx']),
+    (['--\udcff=1'], ['there is no such setting']),
+    (['-'], ["'-'"]),
+    ([''], ["''"]),
+    (['x' * 300], ['x ... x']),
+    (['x' * 300 + '.py'], ['no such config file']),
+    (['\udcff.py'], ['no such config file']),
     (['--compile=maybe'], ['compile', 'maybe', 'True', 'False']),
     (['--decay_lr=yes'], ['decay_lr', 'yes', 'True']),
     (['-b', '8'], ['-b']),
@@ -140,16 +162,52 @@ def test_mistakes_are_one_line(script, args, named):
     ('learning_rate = float("nan")', ['learning_rate', 'finite']),
     ('batch_size = ', ['line 1']),
     ('batch_size = undefined', ['NameError', 'undefined']),
-    ('raise SystemExit', ['SystemExit']),
+    ('raise SystemExit', ['c.py: SystemExit']),
+    ('import sys\nsys.exit(2)', ['c.py: SystemExit: 2']),
+    ('import sys\nsys.exit("why")', ['c.py: SystemExit: why']),
+    ('import asyncio\nraise asyncio.CancelledError', ['c.py: CancelledError']),
+    ('raise MemoryError', ['c.py: MemoryError']),
+    ('def _f(): _f()\n_f()', ['c.py: RecursionError']),
+    ('from kit.base.errors import fail\nfail("told once")', ['script.py: told once']),
+    ('raise ValueError("two\\nlines")', ['c.py: ValueError: two lines']),
+    ('batch_size = 10**5000', ['c.py: batch_size', '2**63']),
+    ('batch_size = 10**12 * 10**12', ['c.py: batch_size', '2**63']),
+    ('learning_rate = 10**400', ['c.py: learning_rate', '2**63']),
+    ('class _X:\n    def __repr__(self): return 1\nbatch_size = _X()', ['c.py: batch_size', '_X', 'whole number']),
+    ('batch_size = [[0] * 9999]', ['c.py: batch_size', ' ... ', 'whole number']),
+    ('start = "a\\0b"', ['c.py: start', 'character']),
+    ('start = "\\ud800"', ['c.py: start', 'character']),
+    ('x = ' + '[' * 100_000, ['c.py', 'parentheses']),
+    ('batch_size = ' + '-' * 100_000 + '1', ['c.py', 'MemoryError']),
+    (b'batch_size = 3\0', ['c.py', 'UTF-8']),
+    ('batch_size = 3'.encode('utf-16'), ['c.py', 'UTF-8']),
+    (b'start = "\xe9"', ['c.py', 'utf-8']),
+    (bytes(range(256)), ['c.py']),
     ('batch_size = -1', ['batch_size = -1']),
     ('too_long = "dorp"', ['did you mean drop?']),
 ])
 def test_mistakes_in_config_files(script, tmp_path, source, named):
-    (tmp_path / 'c.py').write_text(source)
+    (tmp_path / 'c.py').write_bytes(source if isinstance(source, bytes) else source.encode())
     result = script('c.py')
-    assert result.status == 2 and result.err.count('\n') == 1
+    assert result.status == 2 and result.err.count('\n') == 1 and len(result.err) < 400, result.err
     for word in named:
         assert word in result.err
+
+
+@pytest.mark.parametrize('source', [
+    b'\xef\xbb\xbfstart = "\xc3\xa9"', b'# -*- coding: latin-1 -*-\nstart = "\xe9"', b'start = "\xc3\xa9"\r\n'])
+def test_encodings_of_config_files(script, tmp_path, source):
+    (tmp_path / 'c.py').write_bytes(source)
+    assert outcome(script('c.py'))[4] == '\u00e9'
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs pipes and links')
+@pytest.mark.parametrize('make', [os.mkdir, os.mkfifo, lambda path: os.symlink(path, path)])
+def test_config_files_that_are_none(script, tmp_path, make):
+    make(tmp_path / 'c.py')
+    result = script('c.py')
+    assert result.status == 2 and result.err.count('\n') == 1 and 'c.py' in result.err
+    assert 'no file' in result.err or 'no such config file' in result.err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +304,8 @@ CHECKED = {  # script: {what they may be: settings}; a comment that says it no m
     },
     'sample.py': {
         '>= 0': 'temperature top_k',
-        '>= 1': 'num_samples max_new_tokens',
+        '1 <= x <= 100_000': 'num_samples',
+        '>= 1': 'max_new_tokens',
         '0 < x <= 1': 'top_p',
         '0 <= x < 2**63': 'seed',
         'not empty': 'start',
@@ -267,7 +326,7 @@ CHECKED = {  # script: {what they may be: settings}; a comment that says it no m
         'steps, tokens or time': 'x',
     },
     'checkpoint_averaging.py': {
-        '>= 1': 'num_checkpoints batch_size',
+        '>= 1': 'num_checkpoints', '1 <= x <= 100_000': 'batch_size',
         'uniform, linear or greedy': 'method',
         'auto, float32, bfloat16 or float16': 'dtype',
     },

@@ -1,8 +1,11 @@
 """plot_loss.py: logs as they come (ours, nanoGPT's, resumed, torn, with NaN), and what is drawn of them."""
 
+import gzip
 import json
 import math
+import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -152,6 +155,71 @@ def test_a_folder_whose_records_hold_nothing_gives_its_log(tmp_path):
     write_run(tmp_path, [])
     (tmp_path / 'training.log').write_text(OURS)
     assert series(runlogs.read(tmp_path))['val/loss'] == {0: 2.4346}
+
+
+def coloured(text):
+    """As a terminal gets it: a title, a progress bar that is drawn over, colours around words and numbers."""
+    for word, colours in ('loss ', '\x1b[1;32mloss\x1b[0m \x1b[38;5;9m'), (', ', '\x1b[m, '), ('iter', '\x1b[Kiter'):
+        text = text.replace(word, colours)
+    return '\x1b]0;a title\x07' + text.replace('\n', '\n 10%|\u2588   |\r 20%|\u2588\u2588  |\r')
+
+
+@pytest.mark.parametrize('written', [
+    lambda text: text.encode('utf-16'), lambda text: b'\xfe\xff' + text.encode('utf-16-be'),
+    lambda text: text.replace('\n', '\r\n').encode('utf-16-le'), lambda text: text.encode('utf-8-sig'),
+    lambda text: text[:300].encode() + text[300:].encode('utf-16-le'),  # >> of PowerShell behind another shell's
+    lambda text: coloured(text).encode(), lambda text: coloured(text).encode('utf-16'),
+    lambda text: text.encode() + bytes(10_000), lambda text: ('\xe9 ' + text).encode('latin-1'),
+    lambda text: b'x' * 10**7 + (b'\nstep 5: train' + b': train' * 10**6) * 2 + b'\n' + text.encode(),
+    lambda text: text.encode() + b'tokens per iteration will be: ' + b'9' * 5000 + b' \n'
+    + b'iter ' + b'9' * 5000 + b': loss 1.0\n'])
+def test_logs_as_shells_and_terminals_leave_them(tmp_path, written):
+    text = NANOGPT.rpartition('\n')[0] + '\n'
+    (tmp_path / 'plain').write_text(text)
+    (tmp_path / 'log').write_bytes(written(text))
+    found, expected = runlogs.read(tmp_path / 'log'), runlogs.read(tmp_path / 'plain')
+    assert found.facts == expected.facts == {'tokens_per_step': 16384}
+    assert str(series(found)) == str(series(expected)) and len(expected.series['loss'][0]) == 4
+    records = ''.join(json.dumps(record) + '\n' for record in a_run())
+    (tmp_path / 'plain.jsonl').write_text(records)
+    (tmp_path / 'metrics.jsonl').write_bytes(written(records))
+    found, expected = runlogs.read(tmp_path / 'metrics.jsonl'), runlogs.read(tmp_path / 'plain.jsonl')
+    assert str(series(found)) == str(series(expected)) and len(expected.series['loss'][0]) == 60
+
+
+def test_records_of_other_types_and_beyond_all_bounds(tmp_path):
+    steps = [-1, 1.0, 2**53, 10**400, None, True, '3', [4]]
+    many = '9' * 400
+    lines = [json.dumps({'step': step, 'loss': 1.0}) for step in steps]
+    lines += ['[' * 10**5, '{"step": 1, "loss": ' + '9' * 5000 + '}', '{"step": 8, "time": null, "loss": 2}']
+    lines.insert(-1, '{"step": 7, "time": 1e300, "loss": 1e308, "a": -1e400, "b": NaN, "c": ' + many + ', "d": true, '
+                 '"e": {"f": 1}, "g": null, "h": 1e-320, "i": -' + many + '}')
+    (tmp_path / 'a.jsonl').write_text('\n'.join(lines) + '\n')
+    history = runlogs.read(tmp_path / 'a.jsonl')
+    found = {name: history.get(name)[1].tolist() for name in history.series}
+    assert str(found) == str({'loss': [math.inf, 2.0], 'a': [-math.inf], 'b': [math.nan], 'c': [math.inf],
+                              'g': [math.nan], 'h': [0.0], 'i': [-math.inf]})
+    assert history.get('loss')[0].tolist() == [7, 8]
+
+
+@pytest.mark.parametrize('config, damage', [
+    ([], 'list'), (5, 'int'), ('"x"', 'str'), (None, 'NoneType'), ('{', 'JSON'), ('[' * 10**5, 'RecursionError'),
+    ({'settings': 5, 'launches': [5, None]}, '(settings, launches)'),
+    ({'facts': [1], 'launches': {}}, '(facts, launches)'),
+    ({'settings': {'n_layer': [1], 'dropout': 'x', 'grad_clip': True, 'warmup_iters': -5, 'out_dir': {},
+                   'batch_size': 2, 'block_size': '3', 'learning_rate': math.inf, 'n_embd': 10**400},
+      'facts': {'vocab_size': 0, 'tokens_per_step': math.nan, 'other_text_since': 'a'}}, '')])
+def test_a_config_of_other_types_is_no_hindrance(tmp_path, capsys, config, damage):
+    write_run(tmp_path, a_run(n=300, spike=200))
+    (tmp_path / 'config.json').write_text(config if isinstance(config, str) else json.dumps(config))
+    for _ in range(2):
+        history = runlogs.read(tmp_path)
+    assert not history.facts.keys() & set(runlogs.NUMBERS) and len(history.get('loss')[0]) == 300
+    assert any(line.startswith('loss spike') for line in diagnosis.verdict(history))
+    found = runlogs.read_config(tmp_path)
+    assert type(found['settings']) is type(found['facts']) is dict and found['launches'] == []
+    told = capsys.readouterr().out
+    assert told.count('config.json is damaged') == told.count('\n') == (damage != '') and damage in told
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,11 +412,15 @@ def test_known_figures_have_no_panel_of_their_own():
 
 @pytest.mark.filterwarnings('error')
 @pytest.mark.parametrize('name, f, label', [
-    ('$x_$y', lambda s: s, r'\$x_\$y'), ('_hidden', lambda s: s, '_hidden'), ('long_' * 50, lambda s: s, '...'),
+    ('$x_$y', lambda s: s, '$x_$y'), ('_hidden', lambda s: s, '_hidden'), ('long_' * 50, lambda s: s, '...'),
     ('constant', lambda s: -7.25, 'constant'), ('nothing', lambda s: 0.0, 'nothing'), ('once', lambda s: 1.0, 'once'),
     ('holes', lambda s: math.nan if s % 7 < 3 else s, 'holes'), ('endless', lambda s: math.inf if s else 1, 'endless'),
     ('steep', lambda s: 10.0**-s, 'steep'), ('close', lambda s: 1e6 + s / 1e4, 'close'), ('a/', lambda s: s, 'a/'),
-    ('/', lambda s: s, '/'), ('val/', lambda s: s, 'val/'), ('two\nlines', lambda s: s, 'two lines')])
+    ('/', lambda s: s, '/'), ('val/', lambda s: s, 'val/'), ('two\nlines', lambda s: s, 'two lines'),
+    ('$\\frac{1}{$', lambda s: s, '$\\frac{1}{$'), ('a\x1b[1m\ud800\0', lambda s: s, 'a?[1m??'),
+    ('\xfc\xdf%s{}', lambda s: s, '\xfc\xdf%s{}'),
+    ('huge', lambda s: 1e308 if s else 1, 'huge'), ('high', lambda s: 1e99 + s * 1e97, 'high'),
+    ('low', lambda s: s * 1e-320, 'low'), ('low', lambda s: -1e99 * s, 'low')])
 def test_any_figure_is_drawn(figures, name, f, label):
     records = [{'step': s, 'loss': 3.0, name: f(s)} for s in range(60) if name != 'once' or s == 7]
     other = [{'step': s, 'loss': 3.0, 'group/' + name: f(s), 'group/b': 1.0} for s in range(60)]
@@ -394,8 +466,101 @@ def test_attention(figures):
     assert len(pictures.attention(maps[:1, :1, :5, :5], list('abcde')).axes) == 2
 
 
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('loss', [
+    lambda s: 1e308 if s else 2.0, lambda s: -1e308, lambda s: 1e-320, lambda s: 1e30, lambda s: math.nan,
+    lambda s: 10.0**s, lambda s: (-1e99, 1e99)[s % 2], lambda s: 2.0 if s < 9 else math.inf, lambda s: 0.0])
+@pytest.mark.parametrize('n', [1, 2, 60])
+def test_any_losses_are_drawn_and_judged(figures, loss, n):
+    names = ('loss', 'val/loss', 'grad_norm', 'lr', 'mfu', 'tokens_per_second', 'bad_steps', 'grad_norm/h.0',
+             'update_ratio/h.0', 'data_ms', 'time_ms')
+    records = [{'step': s, 'time': s} | {name: loss(s) for name in names} for s in range(n)]
+    one, other = history_of(records, vocab_size=65, grad_clip=1.0), history_of(a_run())
+    assert len(diagnosis.verdict(one)) >= 2
+    for fig in pictures.loss_curve(one, 'a'), pictures.comparison({'a': one, 'b': other}), pictures.layers({'a': one}):
+        for ax in fig.axes:
+            labels = [label.get_text() for label in ax.get_yticklabels()]
+            assert ax.yaxis.get_offset_text().get_text() == '' and len(set(labels)) == len(labels), labels
+
+
+def other_text(since, n=600, every=50):
+    """Records of a run that went on with a harder text at a step, where the evaluation is still one on the old."""
+    for s in range(n):
+        old, new = 1.2 + 2 * math.exp(-s / 60), 1.8 + 1.2 * math.exp(-max(0, s - since) / 60)
+        if s % every == 0:
+            loss = old if s <= since else new
+            yield {'step': s, 'time': s / 4, 'train/loss': loss, 'val/loss': loss + 0.05}
+        loss = (old if s < since else new) + 0.03 * math.sin(s)
+        yield {'step': s, 'time': s / 4, 'loss': loss, 'grad_norm': 0.9, 'lr': 1e-3}
+
+
+def test_a_text_that_was_changed_begins_anew(figures, tmp_path):
+    write_run(tmp_path, other_text(300))
+    before = diagnosis.verdict(runlogs.read(tmp_path))
+    assert 'at step 300' in before[0] and any(line.startswith('loss spike') for line in before)
+    (tmp_path / 'config.json').write_text(json.dumps({'facts': {'other_text_since': 300}}))
+    history = runlogs.read(tmp_path)
+    words = diagnosis.verdict(history)
+    assert words[0] == 'other text since step 300: what follows is about that alone'
+    assert words[1].startswith('best val loss 1.8686 at step 550') and words[-1] == 'nothing to complain about', words
+    assert curves.best(history) == (550, pytest.approx(1.8686, abs=1e-4)) and len(history.get('val/loss')[0]) == 12
+    fig = pictures.loss_curve(history, 'a')
+    told = [text.get_text() for text in fig.axes[0].texts]
+    assert told == ['best val 1.8686 at step 550', 'other text since step 300'] and stand_free(fig)
+    for ax in fig.axes:
+        assert any(line.get_linestyle() == ':' and line.get_xdata()[0] == 300 for line in ax.lines)
+    fig = pictures.comparison({'a': history, 'b': history_of(a_run())})
+    entries = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert entries[0] == 'a: val 1.8686 at step 550, other text since step 300' and 'other text' not in entries[1]
+
+
+@pytest.mark.parametrize('since, n', [(300, 301), (10**15, 60), (59, 60)])
+def test_a_text_of_which_nothing_is_known_yet(since, n):
+    history = history_of(other_text(since, n), other_text_since=since)
+    words = diagnosis.verdict(history)
+    assert words[0].startswith(f'other text since step {since}') and 'best val' not in ' '.join(words)
+    assert pictures.loss_curve(history, 'a').ndim == 3 and math.isnan(curves.best(history)[1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the script
+
+
+@pytest.mark.parametrize('changed', ['name', 'content'])
+def test_a_run_that_goes_on_with_another_text(train, run, tiny, changed):
+    """The best of the old text is no mark any more, for the run, its verdict and plot_loss.py."""
+    (tiny / 'other.txt').write_text(''.join(random.Random(1).choices((tiny / 'text.txt').read_text(), k=20_000)))
+    assert train().status == 0
+    assert run('prepare.py', '--input=other.txt', '--dataset=other').status == 0  # of the same characters
+    if changed == 'content':
+        shutil.rmtree(tiny / 'data/tiny')
+        (tiny / 'data/other').rename(tiny / 'data/tiny')
+    name = {'name': 'other', 'content': 'tiny'}[changed]
+    went_on = train('--init_from=resume', f'--dataset={name}', '--max_iters=20')
+    assert went_on.status == 0, went_on.err
+    again = train('--init_from=resume', f'--dataset={name}', '--max_iters=25')  # nothing new, and yet not forgotten
+    drawn = run('plot_loss.py')
+    for result in went_on, again, drawn:
+        assert 'other text since step 10: ' in result.out, result.out + result.err
+        best, = [line for line in result.out.splitlines() if 'best val loss' in line and ' at step ' in line]
+        assert int(best.split(' at step ')[1].split()[0]) > 10
+
+
+@pytest.mark.skipif(not hasattr(os, 'symlink'), reason='no links here')
+def test_no_picture_is_written_through_a_link(run, tmp_path):
+    (tmp_path / 'mine').write_text('precious')
+    for name in 'a', 'b':
+        write_run(tmp_path / name, a_run())
+        for link in 'loss_curve.png', '.loss_curve.png.part', 'layers.png':
+            (tmp_path / name / link).symlink_to(tmp_path / 'mine')
+    (tmp_path / 'comparison.png').symlink_to('mine')
+    for args in ['a', '--layers'], ['a', 'b'], ["--schedule=--max_iters=9"]:
+        result = run('plot_loss.py', *args)
+        assert result.status == 0 and result.err == '', result.err
+    assert (tmp_path / 'mine').read_text() == 'precious'
+    for picture in 'a/loss_curve.png', 'a/layers.png', 'comparison.png', 'schedule.png':
+        assert not (tmp_path / picture).is_symlink() and (tmp_path / picture).read_bytes()[:4] == b'\x89PNG'
+    assert not list(tmp_path.rglob('*.part'))[1:], 'that of b is a link which nobody touched'
 
 
 def test_pictures(train, run, tiny):
@@ -441,7 +606,10 @@ def test_where_no_screen_is_the_file_is_written(run, tmp_path, monkeypatch, back
     (['empty'], 'empty/training.log is empty'), (['empty.log'], 'is empty'), (['noise'], 'noise has no line of a run'),
     (['noise.jsonl'], 'no record of a run'), (['words.log'], 'no line of a run'), (['run', 'noise'], 'noise'),
     (['plain.log', '--x=tokens'], 'x = tokens'), (['still.jsonl', '--x=time'], 'x = time'), (['--x=day', 'run'], 'x'),
-    (['plain.log', '--layers'], 'by layer'), (['run', '--show=maybe'], 'show'), (['full'], 'full/loss_curve.png')])
+    (['plain.log', '--layers'], 'by layer'), (['run', '--show=maybe'], 'show'), (['full'], 'full/loss_curve.png'),
+    (['log.gz'], 'unpack it first'), (['x' * 300], 'File name too long'), (['x' * 300, 'run'], 'File name too long'),
+    (['run/metrics.jsonl/x'], 'Not a directory'), (['--schedule=--max_iters=99999999999'], 'no more than 10,000,000'),
+    (['--schedule=--learning_rate=1e308'], 'beyond all that can be drawn'), (['--schedule="'], 'No closing quotation')])
 def test_bad_input_is_one_line(run, tmp_path, args, words):
     cwd = tmp_path / ('elsewhere' if not args else '.')
     for name in 'nothing', 'empty', 'full/loss_curve.png', 'elsewhere/nothing':
@@ -449,6 +617,7 @@ def test_bad_input_is_one_line(run, tmp_path, args, words):
     write_run(tmp_path / 'run', a_run())
     write_run(tmp_path / 'full', a_run())
     noise = random.Random(0).randbytes(200_000)
+    (tmp_path / 'log.gz').write_bytes(gzip.compress(NANOGPT.encode()))
     for name, data in {'empty/training.log': b'', 'empty.log': b'', 'noise': noise, 'noise.jsonl': noise,
                        'words.log': b'To be, or not to be\n', 'still.jsonl': b'{"step": 1, "loss": 2}\n',
                        'plain.log': b'iter 1: loss 2.0, time 3.00ms, mfu 1.00%\n'}.items():

@@ -249,6 +249,7 @@ def test_two_processes_find_what_one_finds(find, pair, tiny):
 @pytest.mark.parametrize('args, named', [
     (['--find_lr_start=1', '--find_lr_end=1e-3'], ['find_lr_start = 1.0', 'find_lr_end = 0.001', 'climb']),
     (['--find_lr_start=0'], ['find_lr_start = 0.0']),
+    (['--find_lr_start=1e-300', '--find_lr_end=1e300'], ['find_lr_start = 1e-300', '1e-20 to 1e+20']),
     (['--test'], ['each replaces the training']),
     (['--inspect_step=3'], ['each replaces the training']),
     (['--out_dir=text.txt/x'], ['text.txt/x', 'cannot be written']),
@@ -258,3 +259,22 @@ def test_what_cannot_be_tested(train, tiny, args, named):
     result = train('--find_lr', *args)
     assert result.status == 2 and result.err.count('\n') == 1 and all(word in result.err for word in named), result.err
     assert everything(tiny) == before
+
+
+def test_its_files_are_not_written_through_links(find, tiny):
+    (tiny / 'mine').write_text('precious')
+    (tiny / 'a').mkdir()
+    for name in 'lr_finder.csv', 'lr_finder.png', '.lr_finder.csv.part', '.lr_finder.png.part':
+        (tiny / 'a' / name).symlink_to('../mine')
+    result = find('--out_dir=a')
+    assert result.status == 0 and (tiny / 'mine').read_text() == 'precious', result.err
+    assert {path.name for path in (tiny / 'a').iterdir()} == {'lr_finder.csv', 'lr_finder.png'}
+    assert len(table(tiny / 'a')) > 20
+
+
+def test_where_its_files_cannot_be_written_it_still_says_what_it_found(find, tiny):
+    (tiny / 'a/lr_finder.png').mkdir(parents=True)
+    result = find('--out_dir=a')
+    assert result.status == 2 and result.err.count('\n') == 1
+    assert 'lr_finder.png: the curve cannot be written' in result.err
+    assert ' steps, rates from 1.0e-05 to ' in result.out

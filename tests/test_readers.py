@@ -1,7 +1,10 @@
 """Shards, packed documents, pairs, masks and mixtures: against brute force, and through the real train.py."""
 
+import gzip
+import io
 import json
 import os
+import pickle
 import re
 import struct
 
@@ -122,8 +125,9 @@ def test_a_sharded_dataset_trains_like_its_whole(train, tiny):
     assert result.status == 2 and 'train_000001.bin is missing' in result.err and result.err.count('\n') == 1
 
 
-def shard_of_llm_c(path, ids):
-    path.write_bytes(struct.pack('<256i', 20240520, 1, len(ids), *[0] * 253) + np.array(ids, '<u2').tobytes())
+def shard_of_llm_c(path, ids, magic=20240520, version=1, n=None, dtype='<u2'):
+    n = len(ids) if n is None else n
+    path.write_bytes(struct.pack('<256i', magic, version, n, *[0] * 253) + np.array(ids, dtype).tobytes())
 
 
 def test_shards_of_llm_c_are_read_as_they_are(run, tiny):
@@ -137,11 +141,99 @@ def test_shards_of_llm_c_are_read_as_they_are(run, tiny):
     assert np.array_equal(data['train'][:], ids[:700]) and np.array_equal(data['val'][:], ids[700:])
     assert meta['vocab_size'] == 50257 and 'test' not in data
     result = run('train.py', '--dataset=fineweb', *TINY, '--max_iters=1', '--n_embd=8')
-    assert result.status == 0, result.err
+    assert result.status == 0 and "fineweb has no meta file: its ids are taken for GPT-2's" in result.out, result.err
     path = folder / 'fineweb_train_000002.bin'
     path.write_bytes(path.read_bytes()[:-10])
     result = run('train.py', '--dataset=fineweb', *TINY)
     assert result.status == 2 and 'its header speaks of 300 tokens' in result.err and result.err.count('\n') == 1
+
+
+LLAMA = dict(magic=20240801, version=7, dtype='<u4')
+FAR = [128_000, 70_000, 5, 6] * 20
+IDS_32 = {'vocab_size': 128_256, 'dtype': 'uint32', 'tokenizer': {'kind': 'ids', 'size': 128_256}}
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """refused() -> the one line that reading tmp_path as a dataset ends with."""
+    def read():
+        with pytest.raises(SystemExit) as end:
+            tokens.read_dataset(tmp_path)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.count('\n') == 1
+        return err
+    return read
+
+
+def test_shards_of_llama_3_are_read_where_a_meta_json_says_so(tmp_path, refused):
+    for split in 'train', 'val':
+        shard_of_llm_c(tmp_path / f'x_{split}_0.bin', FAR, **LLAMA)
+    line = refused()
+    assert 'x_train_0.bin' in line and 'Llama 3' in line
+    remedy = json.loads(line[line.index('{'):])
+    assert remedy == IDS_32
+    (tmp_path / 'meta.json').write_text(json.dumps(remedy))
+    data, meta = tokens.read_dataset(tmp_path)
+    assert data['train'].tolist() == FAR
+    assert tokens.decode(tokens.tokenizer(meta['tokenizer']), FAR[:2]) == ' 128000 70000'
+    shard_of_llm_c(tmp_path / 'x_train_1.bin', [7] * 50)  # one of GPT-2 beside it
+    shard_of_llm_c(tmp_path / 'x_train_2.bin', FAR, **LLAMA)
+    shards = tokens.read_dataset(tmp_path)[0]['train']
+    assert shards[:].tolist() == shards[np.arange(len(shards))].tolist() == FAR + [7] * 50 + FAR
+
+
+@pytest.mark.parametrize('changes, named', [
+    (dict(version=2), 'version 2'),
+    (dict(n=-5), '-5 tokens'),
+    (dict(n=0), '0 tokens'),
+    (dict(n=2**31 - 1), '2,147,483,647 tokens'),
+    (LLAMA | dict(version=1), 'version 1'),
+])
+def test_shards_of_other_kinds(tmp_path, refused, changes, named):
+    shard_of_llm_c(tmp_path / 'x_train_0.bin', FAR if 'dtype' in changes else [5] * 90, **changes)
+    shard_of_llm_c(tmp_path / 'x_val_0.bin', [5] * 90)
+    line = refused()
+    assert 'x_train_0.bin' in line and named in line
+
+
+@pytest.mark.parametrize('kind', ['uint32', 'int64'])
+def test_ids_of_32_bits_are_not_taken_for_16(tmp_path, refused, kind):
+    ids = np.random.default_rng(0).integers(50257, size=500)
+    for split in 'train', 'val':
+        ids.astype(kind).tofile(tmp_path / f'{split}.bin')
+    line = refused()
+    assert 'train.bin' in line and '"dtype": "uint32"' in line
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 50257}))  # nanoGPT would read them as 16 bits too
+    assert 'train.bin' in refused()
+    (tmp_path / 'meta.json').write_text(line[line.index('{'):])
+    if kind == 'uint32':
+        assert tokens.read_dataset(tmp_path)[0]['train'].tolist() == ids.tolist()
+    ids[ids == 0] = 1
+    for split in 'train', 'val':
+        np.where(np.arange(500) % 2, 0, ids).astype('<u2').tofile(tmp_path / f'{split}.bin')
+    (tmp_path / 'meta.json').write_text(json.dumps(tokens.GPT2 | {'dtype': 'uint16'}))  # who says so is believed
+    assert tokens.read_dataset(tmp_path)[0]['train'][1] == 0
+
+
+@pytest.mark.parametrize('content, named', [
+    (lambda file: np.save(file, np.arange(500, dtype=np.uint16)), '.npy'),
+    (lambda file: torch.save({'model': torch.ones(500)}, file), 'zip'),
+    (lambda file: file.write(gzip.compress(os.urandom(500))), '.gz'),
+    (lambda file: file.write(('To be, or not to b\u00e9: \n\t' * 500).encode()), 'a text'),
+    (lambda file: file.write(struct.pack('<3i', 20240520, 1, 900)), 'cut off within its header'),
+    (lambda file: file.write(b'12345'), 'no whole number'),
+])
+def test_files_that_are_no_ids(tmp_path, refused, content, named):
+    np.full(500, 7, '<u2').tofile(tmp_path / 'val.bin')
+    with open(tmp_path / 'train.bin', 'wb') as file:
+        content(file)
+    line = refused()
+    assert 'train.bin' in line and named in line
+
+
+def test_a_folder_is_no_file_of_ids(tmp_path, refused):
+    (tmp_path / 'train.bin').mkdir()
+    assert 'train.bin' in refused()
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='it takes /proc')
@@ -159,6 +251,118 @@ def test_memory_stays_flat_over_a_large_memory_map(tmp_path):
         if step == 200:
             before = anonymous()
     assert anonymous() - before < 4096  # kB; one batch of 2,000 kept would be 65 MB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# meta files and tokenizers
+
+
+@pytest.mark.parametrize('text', [
+    '[' * 100_000, '[]', '5', 'null', '', '{', '\x00', '{"vocab_size": ' + '9' * 5000 + '}', b'\xff\xfe{'])
+def test_a_meta_json_that_is_none(tmp_path, refused, text):
+    np.full(500, 7, '<u2').tofile(tmp_path / 'train.bin')
+    (tmp_path / 'meta.json').write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert 'meta.json is damaged or foreign' in refused()
+
+
+@pytest.mark.parametrize('changes', [
+    {'vocab_size': 0}, {'vocab_size': '257'}, {'vocab_size': True}, {'vocab_size': 10**12}, {'vocab_size': 257.0},
+    {'vocab_size': 5}, {'format': [1]}, {'dtype': 'float32'}, {'dtype': None}, {'dtype': {}}, {'files': []},
+    {'files': {'train': 5}}, {'files': {'train': {'tokens': 'x', 'sha256': ''}}}, {'files': {'train': {}}},
+    {'documents': 5}, {'pairs': 'x'}, {'separator': 5}, {'end_of_text': -1}, {'end_of_text': 257},
+    {'end_of_text': '256'}, {'documents': {'train': 5}, 'end_of_text': None}, {'tokenizer': 'gpt2'}, {'tokenizer': {}},
+    {'tokenizer': None}, {'tokenizer': {'kind': 'x'}}, {'tokenizer': {'kind': ['byte']}},
+    {'tokenizer': {'kind': 'ids'}}, {'tokenizer': {'kind': 'ids', 'size': '5'}},
+    {'tokenizer': {'kind': 'ids', 'size': 10**9}}, {'tokenizer': {'kind': 'char', 'chars': [*'a' * 256, 5]}},
+    {'tokenizer': {'kind': 'char'}}, {'tokenizer': {'kind': 'char', 'chars': 'a' * 257}},
+    {'tokenizer': {'kind': 'char', 'chars': [5] * 257}}, {'tokenizer': {'kind': 'char', 'chars': [['a']] * 257}},
+    {'tokenizer': {'kind': 'char', 'chars': ['a']}}, {'tokenizer': {'kind': 'word', 'words': [5] * 257}},
+    {'tokenizer': {'kind': 'word', 'words': []}}, {'tokenizer': {'kind': 'bpe'}},
+    {'tokenizer': {'kind': 'bpe', 'name': 5}}, {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': '%%%'}},
+    {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': 'YQ==', 'pattern': '.', 'special': {}}},
+    {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': 5, 'pattern': '.', 'special': {}}},
+    {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': 'YQ==', 'pattern': '(', 'special': {tokens.END: -1}}},
+    {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': 'YQ==', 'pattern': '(', 'special': {tokens.END: 10**9}}},
+    {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': 'YQ==', 'pattern': '(', 'special': {tokens.END: 'x'}}},
+])
+def test_entries_of_another_type(tmp_path, refused, changes):
+    write_dataset(tmp_path / 'x', {'train': [7] * 90, 'val': [7] * 90}, **changes)
+    for path in (tmp_path / 'x').iterdir():
+        path.rename(tmp_path / path.name)
+    assert 'meta.json is damaged or foreign' in refused()
+
+
+def with_gaps():
+    import tiktoken
+    ranks = {bytes([i]): i for i in range(256)} | {b'ab': 260}
+    return tokens.describe_bpe(tiktoken.Encoding('gap', pat_str=r'\S+|\s+', mergeable_ranks=ranks,
+                                                 special_tokens={tokens.END: 300, '<|other|>': 302}))
+
+
+DESCRIPTIONS = {
+    'char': {'kind': 'char', 'chars': [*map(chr, range(10, 127)), '', '\ud800', '\u4e16', tokens.END]},
+    'byte': {'kind': 'byte'},
+    'bpe': with_gaps(),
+    'word': {'kind': 'word', 'words': ['the', 'cat', '', 'sat', ',', 'catch', tokens.END, '<', '|', 'endoftext', '>']},
+    'ids': {'kind': 'ids', 'size': 40},
+}
+
+
+@pytest.mark.parametrize('kind', DESCRIPTIONS)
+def test_no_id_ends_a_script(kind):
+    text = tokens.tokenizer(DESCRIPTIONS[kind])
+    for i in range(text.size + 70):
+        shown = tokens.decode(text, [i])
+        assert shown.strip(' ') or chr(i) == shown or kind == 'char'
+        assert (shown == tokens.MASK) == (i >= text.size)
+        assert ('\ufffd' in shown) >= (i in text.gaps)
+    every = tokens.decode(text, range(text.size + 70))
+    assert every.count(tokens.MASK) == 70 and every.count(tokens.END) == (text.end is not None)
+    gaps = {'char': {117}, 'bpe': {256, 257, 258, 259, *range(261, 300), 301}, 'word': {2}}
+    assert set(text.gaps) == gaps.get(kind, set())
+
+
+@pytest.mark.parametrize('kind', [kind for kind in DESCRIPTIONS if kind != 'ids'])
+def test_the_end_of_a_document_is_text_where_it_stands_in_one(kind):
+    text = tokens.tokenizer(DESCRIPTIONS[kind])
+    ids = text.encode(f'{tokens.END}the{tokens.END}')
+    assert text.end is not None and text.end not in ids and len(ids) > 3
+    assert tokens.decode(text, ids).replace(' ', '') == f'{tokens.END}the{tokens.END}'
+    batch = tokens.encode_batch([('the', True), (f'the{tokens.END}', False)], text, text.end, np.uint16)
+    assert batch.tolist() == text.encode('the') + [text.end] + text.encode(f'the{tokens.END}')
+
+
+def test_words():
+    text = tokens.tokenizer(DESCRIPTIONS['word'])
+    assert tokens.decode(text, text.encode('the  cat,\nsat')) == ' the cat , sat' and text.encode('catch') == [5]
+    with pytest.raises(ValueError, match="'dog sat' begins with none of the 9 words"):
+        text.encode('the dog sat')
+    syllables = tokens.tokenizer({'kind': 'word', 'words': ['th', 'e ', 'e', 'c', 'at', ' ']})
+    assert tokens.decode(syllables, syllables.encode('the cat')) == 'the cat'
+    numbers = tokens.tokenizer(DESCRIPTIONS['ids'])
+    assert numbers.encode('3 39\n0') == [3, 39, 0]
+    for word in 'the', '40', '-1', '1.5':
+        with pytest.raises(ValueError, match='no id from 0 to 39'):
+            numbers.encode(word)
+
+
+@pytest.mark.parametrize('description, meta, expected', [
+    (DESCRIPTIONS['byte'], {'documents': {'train': 5}, 'end_of_text': 256}, [256]),
+    (DESCRIPTIONS['byte'], {'end_of_text': 256}, [10]),
+    ({'kind': 'char', 'chars': ['A', '\n']}, {}, [1]),
+    ({'kind': 'char', 'chars': ['A', ' ']}, {}, [1]),
+    ({'kind': 'char', 'chars': ['', 'A', 'C']}, {}, [1]),
+    (DESCRIPTIONS['word'], {}, [0]),
+    (DESCRIPTIONS['ids'], {}, [0]),
+])
+def test_what_a_text_begins_with(description, meta, expected):
+    assert tokens.beginning(tokens.tokenizer(description), meta) == expected
+
+
+def test_bytes_of_a_token_where_ids_lie_beyond_the_tokenizer():
+    ids = np.array([97, 98, 256, 300], np.uint16)
+    assert tokens.bytes_per_token({'vocab_size': 320, 'tokenizer': {'kind': 'byte'}}, ids) == 0.5
+    assert tokens.bytes_per_token({'vocab_size': 320, 'tokenizer': {'kind': 'ids', 'size': 320}}, ids) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -571,7 +775,7 @@ def test_a_model_of_documents_begins_one(run, byte_sets):
     result = run('train.py', *TINY, '--dataset=docs', '--batch_mode=packed')
     assert result.status == 0 and 'attention within documents: a dense mask (the choice on cpu)\n' in result.out
     own = run('sample.py', '--max_new_tokens=20').out
-    asked = run('sample.py', '--max_new_tokens=20', f'--start={tokens.END}').out
+    asked = run('sample.py', '--max_new_tokens=20', f'--start={tokens.END}', f'--separator={tokens.END}').out
     assert own.split('steps\n')[1] == asked.split('steps\n')[1].removeprefix(tokens.END) and own
 
 
@@ -598,6 +802,11 @@ def test_averages_are_measured_in_their_mode(run, byte_sets):
     (['--dataset=pairs', '--batch_mode=padded', '--too_long=drop', '--block_size=2'], ['too_long', 'no pair', '= 2']),
     (['--dataset=pairs', '--batch_mode=padded', '--too_long=skip'], ['too_long', 'skip', 'drop']),
     (['--dataset=docs:0.5,tiny:0.5'], ['docs', 'tiny', 'different tokenizers']),
+    (['--dataset=docs:1e308,other:1e308'], ['docs:1e308', 'a:0.7']),
+    (['--dataset=docs:1e308,other:1e-308'], ['other', 'a:0.7']),
+    (['--dataset=docs:nan,other:1'], ['docs:nan', 'a:0.7']),
+    (['--dataset=docs:1,other:' + '9' * 400], ['a:0.7']),
+    (['--dataset=docs:1,other:0.' + '0' * 400 + '1'], ['a:0.7']),
     (['--dataset=docs:x'], ["'docs:x'", 'a:0.7,b:0.3']),
     (['--dataset=docs:1,other:-1'], ['other:-1', 'above 0']),
     (['--dataset=docs,nowhere'], ['nowhere', 'prepare.py']),
@@ -614,15 +823,35 @@ def test_mistakes(run, byte_sets, args, named):
     assert not (byte_sets / 'checkpoints').exists()
 
 
+def npy(header):
+    return b'\x93NUMPY\x01\x00' + struct.pack('<H', len(header)) + header.encode()
+
+
+def npz():
+    file = io.BytesIO()
+    np.savez(file, rows=np.zeros((2, 3), np.int64))
+    return file.getvalue()
+
+
 @pytest.mark.parametrize('rows, named', [
     (b'not an array', 'damaged'),
     ([[0, 5, 9_000_000]], 'does not lie in'),
     ([[5, 5, 9]], 'does not lie in'),
     ([[0, 5]], 'shape'),
+    (np.array([{}, []], object), 'object'),
+    (npy("{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999, 3), }"), 'damaged'),
+    (npy("{'descr': '<i8', 'fortran_order': False, 'shape': (-1, 3), }"), 'damaged'),
+    (npy('[' * 3000), 'damaged'),
+    (npy("{'descr': '<i8'"), 'damaged'),
+    (npz(), 'damaged'),
+    (npz()[:40], 'damaged'),
 ])
 def test_damaged_rows(run, byte_sets, rows, named):
     path = byte_sets / 'data/pairs/train.rows.npy'
-    path.write_bytes(rows) if isinstance(rows, bytes) else np.save(path, np.array(rows, np.int64))
+    if isinstance(rows, bytes):
+        path.write_bytes(rows)
+    else:
+        np.save(path, rows if isinstance(rows, np.ndarray) else np.array(rows, np.int64))
     result = run('train.py', *TINY, '--dataset=pairs', '--batch_mode=padded')
     assert result.status == 2 and 'train.rows.npy' in result.err and named in result.err and result.err.count('\n') == 1
 

@@ -1,7 +1,13 @@
 """sample.py on a model that has learnt one sentence by heart, so that what it writes is known."""
 
+import shutil
+
 import pytest
 import torch
+
+from kit.base import files
+from kit.data import tokens
+from model import GPT, GPTConfig
 
 SENTENCE = 'the quick brown fox jumps over the lazy dog; '
 SETTINGS = ['--dataset=fox', '--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=32', '--batch_size=16',
@@ -49,9 +55,122 @@ def test_stop(sample):
         assert out.count('the quick brown fox jumps \n') == samples
 
 
-def test_prompt_from_a_file(sample, fox):
-    (fox / 'prompt.txt').write_text('jumps ov')
-    assert 'jumps over the lazy dog' in sample('--start=FILE:prompt.txt', '--temperature=0', '--max_new_tokens=20')
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_prompt_from_a_file(sample, fox, encoding):
+    (fox / 'prompt.txt').write_text('jumps ov', encoding=encoding)
+    out = sample('--start=FILE:prompt.txt', '--temperature=0', '--max_new_tokens=20')
+    assert out.splitlines()[-1].startswith('jumps over the lazy dog')
+
+
+@pytest.fixture
+def refused(run, fox):
+    """refused('--start=X') -> the one line that sample.py ends with."""
+    def launch(*args, status=2):
+        result = run('sample.py', '--device=cpu', *args, cwd=fox)
+        assert result.status == status and result.err.count('\n') == 1, result.err
+        return result.err
+    return launch
+
+
+@pytest.mark.parametrize('content, named', [
+    (b'', 'empty'), (b'\xef\xbb\xbf', 'empty'), (b'\x89PNG\r\n\xff', 'cannot be read'),
+    (b't\0h\0e\0', 'null characters'), (b'\xff\xfet', 'cannot be read'), ('\u4e16'.encode(), 'not among'),
+])
+def test_a_file_that_is_no_prompt(refused, fox, content, named):
+    (fox / 'odd.txt').write_bytes(content)
+    assert named in refused('--start=FILE:odd.txt')
+
+
+def test_a_prompt_that_is_no_file(refused):
+    for name in 'nowhere.txt', 'data', 'x' * 300, '':
+        assert f"FILE:{name[:50]}" in refused(f'--start=FILE:{name}')
+
+
+def test_a_prompt_longer_than_the_model_sees(sample):
+    out = sample(f'--start={SENTENCE * 2}', '--temperature=0', '--max_new_tokens=20')
+    assert 'it has 90 tokens, and the model sees the last 32' in out and f'{SENTENCE * 2}the quick brown fox' in out
+
+
+def test_where_the_model_knows_no_line_break(sample):
+    out = sample('--temperature=0', '--max_new_tokens=20')
+    assert "start: ' ', since this model knows no line break\n " in out
+
+
+def changed(fox, name, **changes):
+    """The checkpoint of the fox with other entries, as a file of that name."""
+    saved = torch.load(fox / 'checkpoints/ckpt.pt', weights_only=True)
+    torch.save(saved | changes, fox / name)
+    return f'--checkpoint={name}'
+
+
+def test_the_end_of_a_document_in_a_prompt(sample, refused, fox):
+    """Plain text, unless a separator makes it the end of a document: that of the dataset, or of this command."""
+    meta = torch.load(fox / 'checkpoints/ckpt.pt', weights_only=True)['meta']
+    size = meta['vocab_size']
+    chars = ['!' if char == ' ' else char for char in meta['tokenizer']['chars'][:size - 1]] + [tokens.END]
+    meta |= {'tokenizer': {'kind': 'char', 'chars': chars}, 'end_of_text': size - 1}
+    text = lambda out: out.splitlines()[-1]
+    args = '--temperature=0', '--max_new_tokens=20'
+    prompt, without = f'--start=the{tokens.END}quick', changed(fox, 'without.pt', meta=meta)
+    assert "'<' is not among" in refused(without, prompt)
+    asked = text(sample(without, prompt, f'--separator={tokens.END}', *args))
+    own = text(sample(changed(fox, 'own.pt', meta=meta | {'separator': tokens.END}), prompt, *args))
+    other = text(sample(without, '--start=theoxquick', '--separator=ox', *args))
+    assert asked == own == other.replace('theox', f'the{tokens.END}') and own.startswith(f'the{tokens.END}quick')
+    assert 'separator' in refused('--start=the quick', '--separator=x')  # of a model without documents
+
+
+def test_where_it_is_plain_text_it_is_said(run, tiny):
+    (tiny / 'rows.jsonl').write_text('{"text": "to be, or not to be"}\n' * 50)
+    assert run('prepare.py', '--input=rows.jsonl', '--dataset=rows', '--tokenizer=byte').status == 0
+    result = run('train.py', '--dataset=rows', *SETTINGS[1:], '--max_iters=1')
+    assert result.status == 0, result.err
+    args = f'--start=to be{tokens.END}to', '--temperature=0', '--max_new_tokens=1', '--device=cpu'
+    plain, apart = run('sample.py', *args), run('sample.py', *args, f'--separator={tokens.END}')
+    assert plain.status == apart.status == 0, plain.err + apart.err
+    said = f"start: {tokens.END} stands there as plain text; --separator='{tokens.END}' makes it the end of a document"
+    assert said in plain.out and said not in apart.out
+
+
+def test_commas_in_a_path(sample, fox):
+    shutil.copytree(fox / 'checkpoints', fox / 'lr=1e-3,bs=8', dirs_exist_ok=True)
+    out = sample('--checkpoint=lr=1e-3,bs=8/best.pt', '--start=the', '--max_new_tokens=5')
+    assert 'checkpoint: lr=1e-3,bs=8/best.pt, after' in out
+    out = sample('--checkpoint=checkpoints/ckpt.pt,lr=1e-3,bs=8/best.pt', '--start=the', '--max_new_tokens=5')
+    assert out.count('checkpoint: ') == 2
+
+
+def test_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in 'a', 'b,c', 'a,b,c':
+        (tmp_path / name).write_text('')
+    assert files.paths('a,b,c') == ['a,b,c'] and files.paths('b,c,a') == ['b,c', 'a'] == files.paths(',b,c,,a,')
+    assert files.paths('x,y,b,c') == ['x', 'y', 'b,c'] and files.paths('') == files.paths(',') == []
+
+
+@pytest.mark.parametrize('temperature', [0, 0.8])
+def test_a_model_that_has_diverged(refused, fox, temperature):
+    """Its weights are numbers, what it makes of them is none."""
+    model = torch.load(fox / 'checkpoints/ckpt.pt', weights_only=True)['model']
+    word = changed(fox, 'wild.pt', model={name: 1e30 * weight for name, weight in model.items()})
+    line = refused(word, '--start=the', f'--temperature={temperature}', status=1)
+    assert line.startswith('sample.py: wild.pt: ') and 'not finite' in line and '--learning_rate' in line
+
+
+def test_the_end_of_a_run_that_has_diverged(train, run, tiny):
+    train('--learning_rate=1e6', '--warmup_iters=0', '--max_iters=4', '--eval_interval=0')
+    result = train('--learning_rate=1e6', '--warmup_iters=0', '--max_iters=4', '--eval_interval=0')
+    assert 'no sample: ' in result.out and 'Traceback' not in result.err
+
+
+def test_ids_without_a_token_are_not_drawn():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=10))
+    gaps = [0, 3, 7]
+    for options in dict(temperature=50.0), dict(temperature=0), dict(top_k=9), dict(top_p=0.9):
+        ids = model.generate(torch.zeros(64, 1, dtype=torch.long), 5, n_ids=9, gaps=gaps, **options)
+        assert not set(ids[:, 1:].ravel().tolist()) & {*gaps, 9}
+    assert set(model.generate(torch.zeros(64, 1, dtype=torch.long), 5, 50.0)[:, 1:].ravel().tolist()) == {*range(10)}
 
 
 def test_the_seed_decides(sample):

@@ -181,3 +181,18 @@ def test_of_what_there_is_no_picture(run, tmp_path, args, words):
     result = run('plot_loss.py', *args, cwd=tmp_path)
     assert result.status == 2 and result.err.count('\n') == 1 and words in result.err
     assert not list(tmp_path.glob('*.png'))
+
+
+@pytest.mark.parametrize('epochs, per_epoch', [(1e308, 10.0), (1e300, 1e300), (1e19, 1.0)])
+def test_epochs_beyond_all_bounds(epochs, per_epoch, capsys):
+    with pytest.raises(SystemExit):
+        schedules.steps({'max_epochs': epochs, 'max_iters': 1, 'swa_start': 0}, per_epoch)
+    assert 'max_epochs' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('schedule', ['step:' + '9' * 400, 'restarts:1:' + '9' * 400, 'restarts:' + '9' * 400,
+                                      'multistep:' + '9' * 400, 'plateau:' + '9' * 400, 'wsd:5e-324', 'step:1:5e-324'])
+@pytest.mark.parametrize('high', [1e308, 1e-3])
+def test_numbers_of_a_schedule_beyond_all_bounds(schedule, high):
+    s = SETTINGS | {'lr_schedule': schedule, 'learning_rate': high, 'min_lr': 0.0}
+    assert all(0 <= schedules.rate(step, s, [1.0] * 9) <= high for step in (0, 1, 999, 2**62))

@@ -325,6 +325,26 @@ def test_commands(tmp_path):
     ('', ['--job=2'], ['--job', 'jobs']),
     ('', ['y.py'], ['one sweep file', '2']),
     ('', ['--jobs=-1'], ['jobs = -1']),
+    ('import sys\nsys.exit(2)', [], ['x.py: SystemExit: 2']),
+    ('variants = {1: {}}', [], ['x.py: variants: 1 is no name']),
+    ('variants = {"a": {1: 2}}', [], ["variants, 'a': 1"]),
+    ('variants = {"a": {"__class__": 2}}', [], ['__class__']),
+    ('variants = {"a\\0": {}}', [], ['is no name']),
+    ('seeds = 10**12', [], ['seeds = 1000000000000', '100,000']),
+    ('seeds = 10**400', [], ['seeds', '2**63']),
+    ('max_runs = 10**400', [], ['max_runs', '2**63']),
+    ('learning_rate = [i / 1e9 for i in range(1, 10**5)]\nn_embd = list(range(1, 10**5))', [], ['9999800001 runs']),
+    ('method = "random"\nlearning_rate = uniform(0.1, 0.2)', ['--max_runs=1000000000000'], ['1000000000000 runs']),
+    ('method = "bayes"\nn_embd = list(range(1, 10**3))\nlearning_rate = [i / 1e9 for i in range(1, 10**3)]',
+     ['--max_runs=3'], ['corners']),
+    ('learning_rate = uniform(float("nan"), 1)', [], ['nan', 'finite']),
+    ('learning_rate = uniform(10**5000, 1)', [], ['learning_rate', '2**63']),
+    ('learning_rate = (x for x in range(3))', [], ['generator', 'a number']),
+    ('wandb_run_name = ["a\\0b"]', [], ['wandb_run_name', 'character']),
+    ('config = "--wandb_run_name=\\0"', [], ['config', 'character']),
+    ('config = "\\""', [], ['config', 'quotation']),
+    ('config = "' + 'x' * 9999 + '"', [], ['xxx']),
+    ('minimise = "' + '__class__' + '"\nmaximise = 3', [], ['maximise = 3']),
 ])
 def test_mistakes_are_one_line(run, tmp_path, lines, args, named):
     (tmp_path / 'x.py').write_text(lines)
@@ -838,3 +858,65 @@ def test_wandb_offline_is_one_line(run, tmp_path):
         result = run('sweep.py', 'x.py', '--wandb', env={'HOME': str(tmp_path), 'WANDB_SILENT': 'true'} | env)
         assert result.status == 2 and named in result.err and result.err.count('\n') == 1, result.err
         assert not (tmp_path / 'sweeps').exists()
+
+
+@pytest.mark.parametrize('change', [
+    lambda result: [], lambda result: {}, lambda result: 3, lambda result: result | {'number': 'x'},
+    lambda result: result | {'point': None}, lambda result: result | {'steps': None},
+    lambda result: result | {'best': 'x'}, lambda result: {name: result[name] for name in result if name != 'sample'}])
+def test_a_result_of_other_types_is_made_again(sweep, tmp_path, change):
+    assert sweep('learning_rate = [1e-3, 1e-2]').status == 0
+    path = next((tmp_path / 'sweeps/x').glob('001*/result.json'))
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(change(whole)))
+    result = sweep('learning_rate = [1e-3, 1e-2]')
+    assert result.status == 0, result.err
+    assert json.loads(path.read_text())['best'] == whole['best'] and '1 were made before' in result.out
+
+
+@pytest.mark.parametrize('content', [b'', b'[]', b'3', b'[' * 100_000, b'\xff', b'{"method": 3}'])
+def test_a_damaged_sweep_is_named(sweep, tmp_path, content):
+    assert sweep('learning_rate = [1e-3]').status == 0
+    (tmp_path / 'sweeps/x/sweep.json').write_bytes(content)
+    result = sweep('learning_rate = [1e-3]')
+    assert result.status == 2 and result.err.count('\n') == 1 and 'sweep.json' in result.err
+
+
+def test_pipes_in_the_folder_of_a_sweep_are_not_waited_for(sweep, tmp_path):
+    assert sweep('learning_rate = [1e-3]').status == 0
+    path = next((tmp_path / 'sweeps/x').glob('001*/result.json'))
+    path.unlink()
+    os.mkfifo(path)
+    assert sweep('learning_rate = [1e-3]').status == 0
+    path = tmp_path / 'sweeps/x/sweep.json'
+    path.unlink()
+    os.mkfifo(path)
+    result = sweep('learning_rate = [1e-3]')
+    assert result.status == 2 and 'no sweep' in result.err
+
+
+def test_files_of_a_sweep_that_are_links(sweep, tmp_path):
+    """What they name is not the sweep's, and keeps its bytes."""
+    mine = tmp_path / 'thesis.txt'
+    mine.write_text('years of work')
+    assert sweep('learning_rate = [1e-3]').status == 0
+    folder = tmp_path / 'sweeps/x'
+    for path in folder / 'results.csv', folder / 'results.md', folder / 'sweep.json.part', folder / '.results.csv.part':
+        path.unlink(missing_ok=True)
+        path.symlink_to(mine)
+    assert sweep('learning_rate = [1e-3]').status == 0
+    assert mine.read_text() == 'years of work'
+
+
+def test_a_lock_that_is_a_link_holds_nobody(tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/.lock').symlink_to(tmp_path / 'nowhere')
+    assert not trials.is_locked(tmp_path / 'run') and not (tmp_path / 'nowhere').exists()
+
+
+def test_a_short_run_that_diverges(run, tiny):
+    """It ends before max_bad_steps: with status 0, and no loss."""
+    words = ' '.join([*TINY, '--dataset=tiny', '--warmup_iters=0', '--eval_iters=1'])
+    (tiny / 'x.py').write_text(f'config = {words!r}\nlearning_rate = [1e6, 1e30]\n')
+    result = run('sweep.py', 'x.py')
+    assert 'crashed' not in result.out and result.out.count('diverged: val/loss is') == 2, result.out + result.err

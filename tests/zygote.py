@@ -9,7 +9,6 @@ import os
 import runpy
 import signal
 import sys
-import traceback
 
 import numpy  # noqa: F401
 import tiktoken  # noqa: F401
@@ -33,7 +32,7 @@ def run(job):
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1 if end.code else 0
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # what a user sees
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -123,7 +123,8 @@ def peak_flops(device, dtype):
                 if torch.cuda.get_device_capability(device) >= (8, 0):
                     return peak / 2  # TF32 runs at half the rate; older ones have none
     n = 4096 if device.type == 'cuda' else 1024 if dtype != 'float16' else 128  # a CPU is a hundred times slower in it
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    own = torch.Generator(device)  # the states of the others go into checkpoints, and a look changes nothing
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype), generator=own)
     seconds = []
     for _ in range(4):  # the best of them: the first warms up, and other work on the machine only ever takes away
         synchronize(device)

@@ -37,6 +37,10 @@ def open_streams():
 open_streams()
 
 
+class Failed(SystemExit):
+    """The end of a script by fail, which has told why; whatever else exits has not."""
+
+
 def fail(message):
     """
     End the script over a mistake of its user's: one line on stderr, status 2, no traceback. Under torchrun every rank
@@ -45,7 +49,7 @@ def fail(message):
     if os.environ.get('RANK', '0') != '0' and os.environ.get('WORLD_SIZE', '1') != '1':
         time.sleep(5)
     print(f'{Path(sys.argv[0]).name}: {on_one_line(message)}', file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise Failed(2)
 
 
 @contextmanager
@@ -73,6 +77,15 @@ def on_one_line(text):
     return ' '.join(str(text).split())
 
 
+def shown(value):
+    """A value as Python writes it, of a long one its two ends. A whole number of more than 4,300 digits has no repr."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f'a value of type {type(value).__name__}'
+    return text if len(text) <= 100 else f'{text[:60]} ... {text[-20:]}'
+
+
 def tell(kind, error, trace):
     """
     sys.excepthook of the scripts. Ctrl-C is no fault of theirs, nor is `| head`, which has read enough; and what a disk
@@ -83,7 +96,7 @@ def tell(kind, error, trace):
         print(f'{name}: interrupted', file=sys.stderr)
     elif issubclass(kind, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    elif issubclass(kind, OSError | MemoryError):
+    elif issubclass(kind, OSError | MemoryError) or 'tried to allocate' in str(error).lower():  # as torch says it
         path = f'{error.filename}: ' if getattr(error, 'filename', None) else ''
         mine = [frame for frame in traceback.extract_tb(trace) if Path(frame.filename).is_relative_to(ROOT)]
         place = f' ({Path(mine[-1].filename).name}, line {mine[-1].lineno})' if mine else ''

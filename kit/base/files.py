@@ -9,17 +9,29 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+NO_SURPRISE = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)  # no link, no wait for the end of a pipe
+
 
 def open_own(path, mode='a', **options):
     """open() for a file that a script writes beside others of its own. Raises OSError, also where a link is there."""
     def opener(path, flags):
-        return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+        return os.open(path, flags | NO_SURPRISE, 0o666)
     try:
         return open(path, mode, opener=opener, **options)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, 'it is a link, which is not followed; remove it', str(path)) from None
         raise
+
+
+def paths(words):
+    """'a.pt,b.pt' -> ['a.pt', 'b.pt']; what exists is one path, commas and all: 'lr=1,bs=8/a.pt,b.pt' are two."""
+    found, words = [], words.split(',')
+    while words:
+        n = next((n for n in range(len(words), 0, -1) if os.path.exists(','.join(words[:n]))), 1)
+        found.append(','.join(words[:n]))
+        words = words[n:]
+    return [path for path in found if path]
 
 
 def write_whole(path, data):

@@ -14,6 +14,7 @@ import ast
 import difflib
 import importlib.util
 import math
+import os
 import re
 import sys
 import tokenize
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit.base import errors
-from kit.base.errors import ROOT, fail
+from kit.base.errors import ROOT, Failed, fail, reason, shown
 
 TYPES = int, float, bool, str, type(None)  # of settings
 BOUND, WORD = r'-?\d[\d_]*(\.\d+)?(e-?\d+)?(\*\*\d+)?', r'[\w.-]+'
@@ -70,7 +71,7 @@ def apply(settings, rules=(), operands=None):
     if {'--help', '-h'} & set(sys.argv[1:]):
         print_help(settings, list(defaults))
         raise SystemExit(0)
-    if not Path(settings.get('__file__', '')).is_file():
+    if not os.path.isfile(settings.get('__file__', '')):
         print('WARNING: the source of this script is no file, so what its comments say of the settings is not checked')
     running = read_script(settings.get('__file__', ''), defaults, rules)
     for name in running.unclear:
@@ -111,7 +112,7 @@ def read_source(path):
     {line: comment on a line of its own}, the blank lines, the rules that the call is given, and {name: dotted name} of
     what `from a import b` has made. Without file or call: nothing.
     """
-    lines = Path(path).read_bytes().splitlines(keepends=True) if Path(path).is_file() else []
+    lines = Path(path).read_bytes().splitlines(keepends=True) if os.path.isfile(path) else []
     comments, headings, blanks, code = {}, {}, [], ''
     for token in tokenize.tokenize(iter(lines).__next__):
         if token.type == tokenize.COMMENT:
@@ -176,7 +177,7 @@ def read_words(words, settings, defaults, operands=None):
         if word.startswith('--'):
             name, is_joined, text = word[2:].partition('=')
             if name not in defaults:
-                fail(f'--{name}: there is no such setting{nearest(name, defaults)}; --help lists them all')
+                fail(f'--{name[:80]}: there is no such setting{nearest(name, defaults)}; --help lists them all')
             if not is_joined:
                 text = next_value(name, words, defaults[name])
             override(settings, name, parse(name, text, defaults[name]))
@@ -186,7 +187,7 @@ def read_words(words, settings, defaults, operands=None):
         elif operands is not None and not word.startswith('-'):
             operands.append(word)
         else:
-            fail(f'{word}: settings are given as --name=value, config files as a path that ends in .py')
+            fail(f'{shown(word)}: settings are given as --name=value, config files as a path that ends in .py')
     return names
 
 
@@ -197,7 +198,7 @@ def adopt(config, saved, fixed=()):
     another value is a mistake. Returns the new config; every difference is printed.
     """
     config = dict(config)
-    if strange := [f'{name} = {value!r}' for name, value in saved.items() if name not in config]:
+    if strange := [f'{name} = {shown(value)}' for name, value in saved.items() if name not in config]:
         print(f'Not taken over, since this script has no such settings: {", ".join(strange)}')
     for name, value in saved.items():
         if name not in config or name in running.launch or type(value) is type(config[name]) and value == config[name]:
@@ -206,10 +207,11 @@ def adopt(config, saved, fixed=()):
             config[name] = check_type(name, value, config[name], f'{name} of the checkpoint')
             print(f'From the checkpoint: {name} = {config[name]}')
         elif name in fixed:
-            fail(f'{name} = {config[name]}: these weights have {name} = {value}; another architecture is another run')
+            fail(f'{name} = {config[name]}: these weights have {name} = {shown(value)}; another architecture is '
+                 'another run')
         else:
-            print(f'Not from the checkpoint: {name} = {config[name]} (it has {value})')
-    check_settings(running, config, given)  # the others held when it was saved
+            print(f'Not from the checkpoint: {name} = {config[name]} (it has {shown(value)})')
+    check_settings(running, config, given)  # the other rules held when it was saved
     return config
 
 
@@ -220,10 +222,9 @@ def require(package, setting):
 
 
 def check_settings(script, config, names=None):
-    """What must hold of the settings of a Script, or of these names: their comments first, then the rules."""
+    """What must hold of the settings of a Script: their comments first, then the rules, those with these names."""
     for name, spec in script.specs.items():
-        if names is None or name in names:
-            check_spec(name, config[name], spec)
+        check_spec(name, config[name], spec)
     check([rule for rule in script.rules if names is None or names.intersection(names_in(rule))], config)
 
 
@@ -237,7 +238,7 @@ def check_spec(name, value, spec):
         if not value:
             fail(f"{name} = '': it must not be empty{meaning}")
     elif value not in (choices := choices_of(spec.text)):
-        fail(f'{name} = {value!r}: it is one of {", ".join(choices)}{nearest(value, choices)}')
+        fail(f'{name} = {shown(value)}: it is one of {", ".join(choices)}{nearest(value, choices)}')
 
 
 def check(rules, config):
@@ -247,7 +248,7 @@ def check(rules, config):
         if strange := [name for name in names_in(condition) if name not in config]:
             fail(f'the rule {condition!r} names {strange[0]}, and the script has no such setting; remove it there')
         if not eval(condition, {'__builtins__': {}}, config):
-            values = ', '.join(f'{name} = {config[name]!r}' for name in names_in(condition))
+            values = ', '.join(f'{name} = {shown(config[name])}' for name in names_in(condition))
             fail(f'{values}: {remedy or f"it must hold that {condition}"}')
 
 
@@ -273,31 +274,44 @@ def next_value(name, words, default):
 def parse(name, text, default):
     """The text of a value as the type of the setting's default."""
     if isinstance(default, str):
-        return text
+        return check_type(name, text, default, f'--{name}')
     if isinstance(default, bool) or default is None:
         values = {'true': True, '1': True, 'false': False, '0': False} | ({'none': None} if default is None else {})
         if text.lower() not in values:
-            fail(f'--{name}={text}: {text!r} is neither True nor False')
+            fail(f'--{name}: {shown(text)} is neither True nor False')
         return values[text.lower()]
     kind = type(default)
     try:
-        return check_type(name, kind(text), default, f'--{name}={text}')
-    except ValueError:
-        fail(f'--{name}={text}: {text!r} is no {"whole " if kind is int else ""}number; one like {default} is needed')
+        value = kind(text)
+    except ValueError:  # whatever Python takes for a number is one: 1_000, +5, 1e-3
+        fail(f'--{name}: {shown(text)} is no {"whole " if kind is int else ""}number; one like {default} is needed')
+    return check_type(name, value, default, f'--{name}={text[:80]}')
 
 
 def check_type(name, value, default, where):
     """The value if it fits the type of the default (an int is taken for a float), else the end."""
+    if type(value) is int and not -2**63 <= value < 2**63:
+        fail(f'{where}: {shown(value)} is beyond all bounds; whole numbers go up to 2**63 - 1')
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     fits = isinstance(value, bool) or value is None if default is None else type(value) is type(default)
     if not fits:
         kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}.get(
             type(default), 'True, False or None')
-        fail(f'{where}: {value!r} does not fit {name}, which takes {kind}, like {default!r}')
+        fail(f'{where}: {shown(value)} does not fit {name}, which takes {kind}, like {default!r}')
     if isinstance(value, float) and not math.isfinite(value):
-        fail(f'{where}: {name} must be a finite number, like {default}')
+        fail(f'{where}: {value} does not fit {name}, which must be a finite number, like {default}')
+    if isinstance(value, str) and not is_word(value):
+        fail(f'{where}: {shown(value)} holds a character that no command line and no name of a file can hold')
     return value
+
+
+def is_word(text):
+    """Whether a command line could hold it. Bytes that are no UTF-8 are there as surrogates, as in names of files."""
+    try:
+        return b'\0' not in text.encode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError:
+        return False
 
 
 def run_config_file(word, settings, defaults):
@@ -308,7 +322,7 @@ def run_config_file(word, settings, defaults):
     names = []
     for name, value in namespace.items():
         if name in defaults and (name in assigned or value is not settings[name]):
-            override(settings, name, check_type(name, value, defaults[name], f'{word}: {name} = {value!r}'))
+            override(settings, name, check_type(name, value, defaults[name], f'{word}: {name}'))
             names.append(name)
     return names
 
@@ -318,35 +332,34 @@ def check_names(word, namespace, assigned, known):
     for name in assigned:  # a name that is not in the namespace belongs to one of its functions, or was deleted
         if name in namespace and name not in known and not name.startswith('_') and not isinstance(
                 namespace[name], types.ModuleType | types.FunctionType | type):
-            fail(f'{word}: {name}: there is no such setting{nearest(name, known)}; '
+            fail(f'{word}: {name[:80]}: there is no such setting{nearest(name, known)}; '
                  'a name of your own starts with an underscore')
 
 
 def execute(word, names, kind='config'):
     """Run a file of a user's own, from here or the repository, with these names: its namespace, what it assigns."""
-    path = Path(word)
-    if not path.exists() and (ROOT / path).exists():
-        path = ROOT / path
-    try:
-        source = path.read_text(encoding='utf-8')
-        tree = ast.parse(source)
-        namespace = names | {'__file__': str(path), '__name__': '__config__'}
-        exec(compile(tree, str(path), 'exec'), namespace)
-    except FileNotFoundError:
+    path = word if os.path.exists(word) else str(ROOT / word)
+    if not os.path.exists(path):
         known = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / 'config').rglob('*.py'))
-        fail(f'{word}: there is no such {kind} file{nearest(word, known)}')
+        fail(f'{shown(word)}: there is no such {kind} file{nearest(word, known)}')
+    if not os.path.isfile(path):
+        fail(f'{word}: it is no file')
+    try:
+        tree = ast.parse(Path(path).read_bytes())  # in the encoding that it names, UTF-8 where it names none
+        namespace = names | {'__file__': path, '__name__': '__config__'}
+        exec(compile(tree, path, 'exec'), namespace)
     except SyntaxError as error:
-        fail(f'{word}, line {error.lineno}: {error.msg}')
-    except (Exception, SystemExit) as error:  # whatever their own code does wrong is theirs to fix
-        if isinstance(error, SystemExit) and error.code == 2:  # a fail() of ours, which has told it
-            raise
-        fail(f'{word}: {type(error).__name__}: {error}')
+        fail(f'{word}, {f"line {error.lineno}" if error.lineno else "which is to be Python in UTF-8"}: {error.msg}')
+    except (Failed, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # whatever their own code does wrong is theirs to fix, a sys.exit(2) too
+        fail(f'{word}: {reason(error)}')
     return namespace, dict.fromkeys(
         n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
 
 
 def nearest(name, names):
-    close = difflib.get_close_matches(name.replace('-', '_'), names, n=1)
+    close = difflib.get_close_matches(str(name)[:80].replace('-', '_'), names, n=1)
     return f'; did you mean {close[0]}?' if close else ''
 
 

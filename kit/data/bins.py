@@ -1,9 +1,9 @@
 """
 Documents to ids, on all cores, and onto the disk: train.bin, val.bin, test.bin, and what describes them.
 
-A folder data/<name> is made in data/<name>/part: first all ids in their order, with where each document ends, then the
-splits, then every file goes to its place, those of train last. progress.json remembers how far the files there are
-good, so that the same command goes on after any interruption, to the same bytes.
+A folder data/<name> is made in data/<name>/.part: first all ids in their order, with where each document ends, then the
+splits, then every file goes to its place, those of train last (kit/data/places.py). progress.json remembers how far the
+files there are good, so that the same command goes on after any interruption, to the same bytes.
 """
 
 import json
@@ -12,22 +12,20 @@ import pickle
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from math import lcm
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from kit.base.errors import fail
+from kit.base.errors import fail, reason
+from kit.base.files import open_own, write_whole
 from kit.base.overrides import require
-from kit.data import tokens
+from kit.data import places, tokens
 
 SPLITS = ('train', 'val', 'test')
 
@@ -53,19 +51,22 @@ PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\
 def load_encoding(name):
     """tiktoken's encoding of that name, or that of a dataset, or the end of the script with what to do without it."""
     import tiktoken
+    description = {'kind': 'bpe', 'name': name}
     if name not in tiktoken.list_encoding_names():
-        if re.fullmatch(r'[\w-][\w.-]*', name) and tokens.exists(folder := tokens.dataset_folder(name)):
-            description = tokens.read_meta(folder)['tokenizer']
-            if description['kind'] != 'bpe':
-                fail(f'tokenizer = {name!r}: this dataset is by {description["kind"]}; only a BPE can be taken over')
-            return tokens.tokenizer(description).encoding
-        fail(f'tokenizer = {name!r}: it is {", ".join(tokens.KINDS)}, one of '
-             f'{", ".join(tiktoken.list_encoding_names())}, or the name of a dataset, whose BPE is taken over')
+        if not re.fullmatch(r'[\w-][\w.-]*', name) or not tokens.exists(folder := tokens.dataset_folder(name)):
+            fail(f'tokenizer = {name!r}: it is {", ".join(tokens.KINDS)}, one of '
+                 f'{", ".join(tiktoken.list_encoding_names())}, or the name of a dataset, whose BPE is taken over')
+        description = tokens.read_meta(folder)['tokenizer']
+        if description['kind'] != 'bpe':
+            fail(f'tokenizer = {name!r}: this dataset is by {description["kind"]}; only a BPE can be taken over')
     try:
-        return tokens.tiktoken_encoding(name)
+        encoding = tokens.tokenizer(description).encoding
     except OSError as error:
-        fail(f'the files of the tokenizer {name} could not be downloaded ({type(error).__name__}); give a folder '
-             'FLATGPT_MIRROR with them in tiktoken/, or take --tokenizer=char or the dataset python_docs')
+        fail(f'the files of the tokenizer {description["name"]} could not be downloaded ({reason(error)}); give a '
+             'folder FLATGPT_MIRROR with them in tiktoken/, or take --tokenizer=char or the dataset python_docs')
+    if tokens.END not in encoding._special_tokens:
+        fail(f'tokenizer = {name!r}: it has no id for the end of a document, {tokens.END}')
+    return encoding
 
 
 def tokenizer(name, vocab_size, part, read):
@@ -76,8 +77,8 @@ def tokenizer(name, vocab_size, part, read):
         return partial(encode_units, codec='utf-8', unit=np.uint8, end=256), 256, np.uint16, {'kind': 'byte'}
     if name in tokens.KINDS and name != 'bpe':  # any other that is the same for all texts
         text = tokens.tokenizer({'kind': name})
-        end, dtype = text.encode(tokens.END)[0], np.uint16 if text.size <= 2**16 else np.uint32
-        return partial(tokens.encode_batch, tokenizer=text, end=end, dtype=dtype), end, dtype, {'kind': name}
+        dtype = np.uint16 if text.size <= 2**16 else np.uint32
+        return partial(tokens.encode_batch, tokenizer=text, end=text.end, dtype=dtype), text.end, dtype, {'kind': name}
     if (part / 'tokenizer.json').is_file():
         description = json.loads((part / 'tokenizer.json').read_text(encoding='utf-8'))
     else:
@@ -164,16 +165,6 @@ def byte_level_characters():
 # files
 
 
-def write_whole(path, text):
-    """So that there is the old text or the new one, whatever happens."""
-    new = path.with_name(f'{path.name}.new')
-    with open(new, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-
-
 def sync(path):
     with open(path, 'r+b') as file:  # Windows syncs only what it could write
         os.fsync(file.fileno())
@@ -189,7 +180,7 @@ def append(folder, stem, ids, start, shard_size):
         number, place = divmod(start, shard_size)
         piece, ids = ids[:shard_size - place], ids[shard_size - place:]
         paths.append(folder / f'{stem}_{number:06d}.bin')
-        with open(paths[-1], 'r+b' if place else 'wb') as file:
+        with open_own(paths[-1], 'r+b' if place else 'wb') as file:
             file.seek(place * piece.itemsize)
             file.write(piece.astype(piece.dtype.newbyteorder('<'), copy=False).data)
         start += len(piece)
@@ -201,29 +192,7 @@ def note(part, progress, touched):
     for path in touched:
         sync(path)
     touched.clear()
-    write_whole(part / 'progress.json', json.dumps(progress))
-
-
-def noted(part):
-    """How many documents the next launch need not read again: where the disk is full, a note itself may have failed."""
-    try:
-        return json.loads((part / 'progress.json').read_text(encoding='utf-8'))['documents']
-    except (OSError, ValueError):
-        return 0
-
-
-def clear(part, kept):
-    """Empty a half-made folder, but for the file of that name."""
-    for path in part.iterdir() if part.exists() else ():
-        if path.name != kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def abandon(part):
-    """A half-made folder goes, and with it the folder that nothing else is in."""
-    shutil.rmtree(part, ignore_errors=True)
-    with suppress(OSError):
-        part.parent.rmdir()
+    places.note(part, progress)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,69 +266,48 @@ def make(folder, job, read, total=None, unit='B', overwrite=False):
     read:  read(skip, bar) -> (text, ends) of the documents, see kit/data/documents.py
     total: of the bar, in the unit that read tells it
     """
-    part, job = folder / 'part', job | {'raw_shard': RAW_SHARD}
+    part, job = folder / places.PART, job | {'raw_shard': RAW_SHARD}
     progress = begin(part, job, overwrite)
     try:
-        if not progress['install']:
+        if not progress['laid_out']:
             encode_all(part, job, progress, read, total, unit)
             lay_out(part, job, progress)
-        install(part / 'done', folder, progress['install'])
+        places.install(part / 'done', folder)
     except SystemExit:  # the text has to be corrected, and is then another
-        abandon(part)
+        places.clear(part)
         raise
     except OSError as error:
-        what = f'{folder} could not be written: {error.strerror}' if error.errno else error
-        kept = f'{noted(part):,} documents are kept, and the same command goes on from there'
-        fail(f'{what}; {kept if noted(part) else "nothing is kept"}')
-    finally:
-        if part.exists() and not noted(part):
-            abandon(part)
-    clear(part, 'progress.json')  # which says that all is in its place: the last to go
-    shutil.rmtree(part)
+        n = places.noted(part).get('documents')
+        kept = f'{n:,} documents are kept, and the same command goes on from there' if n else 'nothing is kept'
+        what = f'{error.filename or folder} could not be written: {reason(error)}' if error.errno else error
+        fail(f'{what}; {kept}')
+    places.clear(part)
     report(folder)
-
-
-def check_place(folder, tokenizer, overwrite):
-    """A dataset that is there stays there, unless it is half in its place."""
-    if overwrite or not tokens.exists(folder):
-        return
-    with suppress(OSError, ValueError, KeyError):
-        if json.loads((folder / 'part/progress.json').read_text(encoding='utf-8'))['install']:
-            return
-    made = ''
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        description = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))['tokenizer']
-        made = description.get('name', description['kind'])
-    fail(f'{folder} holds a dataset already{f", made with {made}" if made not in ("", tokenizer) else ""}; '
-         'another --dataset=NAME, or --overwrite, which replaces it')
+    if progress['marks'] and not job['separator']:
+        remedy = f"; --separator='{tokens.END}' makes it the end of a document" if not job['pairs'] else ''
+        print(f'{tokens.END} stands {progress["marks"]:,} times in the text, as plain text{remedy}')
+    if job['separator'] and progress['documents'] == 1:
+        print(f'{job["separator"]!r} divides nothing in the text, which is a single document')
 
 
 def spool(folder):
     """Standard input as a file, so that it can be read twice."""
-    path = folder / 'part/input.txt'
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / places.PART / 'input.txt'
     try:
-        with open(path, 'wb') as file:
+        with open_own(path, 'wb') as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
-    except KeyboardInterrupt:
-        abandon(path.parent)
-        raise
     except OSError as error:
-        abandon(path.parent)
-        fail(f'standard input could not be written to {path}: {error.strerror}')
+        fail(f'standard input could not be written to {path}: {reason(error)}')
     return path
 
 
 def begin(part, job, overwrite):
     """What is known of the work so far; a half-made folder of another job is named."""
     fresh = {'job': job, 'records': 0, 'tokens': 0, 'documents': 0, 'characters': 0, 'alphabet': [], 'encoded': False,
-             'dealt': 0, 'sizes': [0, 0, 0], 'install': []}
-    try:
-        progress = json.loads((part / 'progress.json').read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        progress = fresh
-    except (OSError, ValueError) as error:
-        fail(f'{part}/progress.json cannot be read ({error}); delete the folder and begin anew')
+             'marks': 0, 'dealt': 0, 'sizes': [0, 0, 0], 'laid_out': False}
+    progress = places.noted(part) or fresh
+    if progress is fresh and (part / 'progress.json').exists():
+        print(f'{part}/progress.json is damaged: what was half-made there begins anew')
     if progress['job'] != job:
         other = ', '.join(key for key in job if progress['job'].get(key) != job[key])
         if not overwrite:
@@ -367,7 +315,7 @@ def begin(part, job, overwrite):
                  '--overwrite begins anew')
         progress = fresh
     if progress is fresh:
-        clear(part, 'input.txt')
+        places.clear(part, 'input.txt')
     else:
         print(f'going on after {progress["documents"]:,} documents')
     return progress
@@ -375,7 +323,6 @@ def begin(part, job, overwrite):
 
 def encode_all(part, job, progress, read, total, unit):
     """All ids in their order into part/ids_*.bin, where each document ends into part/ends_*.bin, as far as missing."""
-    part.mkdir(parents=True, exist_ok=True)
     if progress['encoded']:
         return
     bar = tqdm(total=total, unit=unit, unit_scale=True, desc='reading', leave=False, disable=None)
@@ -386,7 +333,7 @@ def encode_all(part, job, progress, read, total, unit):
         seen[progress['alphabet']] = True
     touched, noted, waiting = set(), time.monotonic(), deque()
 
-    def store(records, characters, future):
+    def store(records, characters, marks, future):
         ids = future.result()
         is_end = ids == end
         ends = np.flatnonzero(is_end) + progress['tokens'] + 1
@@ -394,7 +341,8 @@ def encode_all(part, job, progress, read, total, unit):
         touched.update(append(part, 'ends', ends, progress['documents'], 2**60))
         if seen is not None:
             seen[ids[~is_end]] = True
-        for key, more in dict(records=records, characters=characters, tokens=len(ids), documents=len(ends)).items():
+        for key, more in dict(records=records, characters=characters, marks=marks, tokens=len(ids),
+                              documents=len(ends)).items():
             progress[key] += more
 
     def remember():
@@ -405,7 +353,8 @@ def encode_all(part, job, progress, read, total, unit):
     with ThreadPoolExecutor(N_THREADS) as pool, bar:  # tiktoken works without the interpreter's lock
         try:
             for batch, characters in batches(read(progress['records'], bar)):
-                waiting.append((len(batch), characters, pool.submit(encode, batch)))
+                marks = sum(text.count(tokens.END) for text, _ in batch)
+                waiting.append((len(batch), characters, marks, pool.submit(encode, batch)))
                 if len(waiting) > 2 * N_THREADS:
                     store(*waiting.popleft())
                 if touched and time.monotonic() > noted + NOTE_EVERY:
@@ -475,10 +424,11 @@ def lay_out(part, job, progress):
         if len(shards := sorted(done.glob(f'{split}_*.bin'))) == 1:
             shards[0].replace(done / f'{split}.bin')
         if job['pairs'] and sizes[i]:
-            np.save(done / f'{split}.rows.npy', rows_of(middles, ends, codes(0, len(ends)) == i))
+            with open_own(done / f'{split}.rows.npy', 'wb') as file:
+                np.save(file, rows_of(middles, ends, codes(0, len(ends)) == i))
     write_meta(done, description, dtype, job['input'], words, pairs=job['pairs'],
-               documents=dict(zip(SPLITS, documents.tolist())) if len(ends) > 1 else None)
-    progress['install'] = sorted(path.name for path in done.iterdir())
+               documents=dict(zip(SPLITS, documents.tolist())) if len(ends) > 1 else None, separator=job['separator'])
+    progress['laid_out'] = True
     note(part, progress, set(done.iterdir()))
 
 
@@ -498,54 +448,39 @@ def rows_of(middles, ends, mine):
 
 def write_dataset(folder, ids, description, source, split):
     """Make a dataset folder of {split: ids} in memory, as whole as make does."""
-    folder.mkdir(parents=True, exist_ok=True)
+    part, done = folder / places.PART, folder / places.PART / 'done'
     dtype = np.uint16 if tokens.tokenizer(description).size <= 2**16 else np.uint32
     try:
-        with tempfile.TemporaryDirectory(prefix='.part.', dir=folder) as done:
-            for name, values in ids.items():
-                append(Path(done), name, np.asarray(values).astype(dtype), 0, 2**60)
-                Path(done, f'{name}_000000.bin').replace(Path(done, f'{name}.bin'))
-            write_meta(Path(done), description, dtype, source, split)
-            for path in Path(done).iterdir():
-                sync(path)
-            install(Path(done), folder, os.listdir(done))
+        places.clear(part)
+        done.mkdir()
+        for name, values in ids.items():
+            append(done, name, np.asarray(values).astype(dtype), 0, 2**60)
+            (done / f'{name}_000000.bin').replace(done / f'{name}.bin')
+        write_meta(done, description, dtype, source, split)
+        for path in done.iterdir():
+            sync(path)
+        places.install(done, folder)
     except OSError as error:
-        with suppress(OSError):
-            folder.rmdir()
-        fail(f'{folder} could not be written: {error.strerror}; nothing of it is kept')
+        fail(f'{error.filename or folder} could not be written: {reason(error)}; nothing of it is kept')
+    places.clear(part)
     report(folder)
 
 
-def write_meta(folder, description, dtype, source, split, pairs=False, documents=None):
+def write_meta(folder, description, dtype, source, split, pairs=False, documents=None, separator=''):
     """meta.json for the .bin files in a folder, and for characters the meta.pkl that nanoGPT's scripts read."""
     dtype, text = np.dtype(dtype), tokens.tokenizer(description)
     files = {path.stem: {'tokens': path.stat().st_size // dtype.itemsize, 'sha256': tokens.sha256(path)}
              for split in SPLITS for path in tokens.files_of(folder, split)}
-    end = description.get('special', {}).get(tokens.END, next(iter(text.specials), None))
     meta = {'format': 1, 'dtype': dtype.name, 'vocab_size': text.size, 'tokenizer': description,
-            'end_of_text': end, 'pad': None, 'mask': None,
+            'end_of_text': text.end, 'pad': None, 'mask': None,
             'files': files, 'source': source, 'split': split}
-    meta |= {'pairs': True} if pairs else {}
+    meta |= {'pairs': True, 'rows': {path.name: tokens.sha256(path) for path in folder.glob('*.npy')}} if pairs else {}
     meta |= {'documents': documents} if documents else {}
+    meta |= {'separator': separator} if separator and documents else {}
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
     if description['kind'] == 'char':
-        itos = dict(enumerate(description['chars']))
         with open(folder / 'meta.pkl', 'wb') as file:
-            pickle.dump({'vocab_size': text.size, 'itos': itos, 'stoi': {c: i for i, c in itos.items()}}, file)
-
-
-def install(done, folder, names):
-    """
-    Move the files of these names from done to folder, those of train last, in the place of another dataset. It goes on
-    where it was interrupted; until it is through, meta.json names a file that is missing, or there is none of train.
-    """
-    for pattern in 'train*.bin', '*.bin', '*.rows.npy', 'meta.*':  # of the dataset that is there
-        for path in folder.glob(pattern):
-            if path.name not in names or (done / path.name).exists():
-                path.unlink()
-    for name in sorted(names, key=lambda name: (name.startswith('train') and name.endswith('.bin'), name)):
-        if (done / name).exists():
-            os.replace(done / name, folder / name)
+            pickle.dump(places.for_nanogpt(description['chars']), file)
 
 
 def report(folder):
@@ -554,4 +489,5 @@ def report(folder):
         sizes = [entry['tokens'] for stem, entry in meta['files'].items() if stem.split('_')[0] == split]
         if sizes:
             print(f'{split} has {sum(sizes):,} tokens' + (f' in {len(sizes)} files' if len(sizes) > 1 else ''))
-    print(f'wrote {folder} ({meta["source"]}, vocabulary of {meta["vocab_size"]:,})')
+    documents = f'{sum(meta["documents"].values()):,} documents, ' if 'documents' in meta else ''
+    print(f'wrote {folder} ({meta["source"]}, {documents}vocabulary of {meta["vocab_size"]:,})')

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit.base.errors import ROOT, fail
+from kit.base.errors import ROOT, explained, fail, reason
 from kit.base.overrides import nearest, require
-from kit.data import bins, documents, downloads, tokens
+from kit.data import bins, documents, downloads, places, tokens
 
 SMALL = ('python_docs', 'python_docstrings', 'shakespeare_char', 'shakespeare')  # train.py makes them when missing
 LARGE = ('openwebtext',)
@@ -43,17 +43,17 @@ def prepare_missing(name):
         fail(f'dataset = {name!r}: there is no {tokens.dataset_folder(name) / "train.bin"}'
              f'{nearest(name, [*there, *SMALL, *LARGE])}; python prepare.py --input=FILE --dataset={name} makes it '
              'from a text of yours')
-    print(f'preparing the dataset {name}')
-    prepare(name)
+    prepare(name, if_missing=True)
 
 
 def prepare(name, source='', tokenizer='', overwrite=False, *, vocab_size=4096, text_key='text', pairs=False,
-            split='90,5,5', seed=1337, errors='strict', shard_size=100_000_000):
+            split='90,5,5', seed=1337, errors='strict', shard_size=100_000_000, separator='', if_missing=False):
     """
-    Make the dataset folder data/<name> and return its path.
+    Make the dataset folder data/<name> and return its path. Another process that is making it ends the script.
 
     name:   one of SMALL and LARGE, or a name of the user's for the text in source
     source: what documents.find takes, or - for standard input; for the Shakespeares the file, where there is no network
+    if_missing: another process that is making it is waited for, and a dataset that is there then is taken
     The others are the settings of prepare.py; a known dataset has its own tokenizer and splits.
     """
     root = Path('data') if Path('data').is_dir() else ROOT / 'data'
@@ -66,37 +66,58 @@ def prepare(name, source='', tokenizer='', overwrite=False, *, vocab_size=4096, 
         fail(f'tokenizer = {tokenizer!r}: {name} is made with {fixed}; give the text another --dataset=NAME for that')
     if source and fixed and not name.startswith('shakespeare'):
         fail(f'--input={source}: {name} is not made from a file; give the text another --dataset=NAME')
+    if separator and name in SMALL:
+        fail(f'--separator={separator!r}: {name} is cut as it is; give the text another --dataset=NAME')
     tokenizer = fixed or tokenizer or 'char'
-    bins.check_place(folder, tokenizer, overwrite)
-    if name in ('python_docs', 'shakespeare_char', 'shakespeare'):
-        prepare_texts(folder, root, source, tokenizer)
-        return folder
     job = {'input': source, 'files': [], 'tokenizer': tokenizer, 'vocab_size': vocab_size, 'text_key': text_key,
-           'pairs': pairs, 'errors': errors, 'counts': bins.parse_split(split), 'seed': seed, 'shard_size': shard_size}
+           'pairs': pairs, 'errors': errors, 'counts': bins.parse_split(split), 'seed': seed, 'shard_size': shard_size,
+           'separator': separator}
+    with places.locked(folder, f'another process is preparing {folder}: waiting for its end' if if_missing else ''):
+        if if_missing and tokens.exists(folder):
+            return folder
+        places.check(folder, tokenizer, overwrite)
+        if if_missing:
+            print(f'preparing the dataset {name}')
+        if name in ('python_docs', 'shakespeare_char', 'shakespeare'):
+            prepare_texts(folder, root, source, tokenizer)
+        else:
+            prepare_documents(folder, source, job, overwrite)
+    return folder
+
+
+def prepare_documents(folder, source, job, overwrite):
+    """What comes document by document: any text, and the known sets that are rows."""
+    name = folder.name
     if name == 'python_docstrings':
         found = [text for pair in python_docstrings() for text in pair]
         job |= {'input': f'functions and docstrings of Python {sys.version.split()[0]}', 'pairs': True}
         bins.make(folder, job, lambda skip, bar: ((text, True) for text in islice(found, skip, None)),
                   overwrite=overwrite)
-        return folder
+        return
     if name == 'openwebtext':
         require('datasets', name)
         job |= {'input': 'hf:Skylion007/openwebtext', 'counts': [1998, 1, 1], 'seed': None}
         announce_openwebtext(folder)
-    if tokenizer not in tokens.KINDS:
-        bins.load_encoding(tokenizer)  # before any work begins
+    if job['tokenizer'] not in tokens.KINDS:
+        bins.load_encoding(job['tokenizer'])  # before any work begins
     if source == '-':
         sources = [bins.spool(folder)]
         job['files'] = tokens.sha256(sources[0])  # of another text nothing is gone on with
     else:
-        sources = documents.find(job['input'])
+        meta = (folder / 'meta.json').resolve()  # of the dataset that is replaced: no text
+        sources = [path for path in documents.find(job['input']) if isinstance(path, str) or path.resolve() != meta]
         job['files'] = documents.stamps(sources)
         job['pairs'] |= documents.are_pairs(sources)
+        if job['pairs'] and job['separator']:
+            fail(f'--separator={job["separator"]!r}: pairs are documents already')
+        part = folder / places.PART
+        if inside := [path for path in sources if part.resolve() in Path(path).resolve().parents]:
+            fail(f'--input={inside[0]}: what is in {part} goes when the dataset is made; copy it elsewhere first')
     is_stream = any(isinstance(path, str) for path in sources)
     total = 8_013_769 if name == 'openwebtext' else None if is_stream else sum(path.stat().st_size for path in sources)
-    bins.make(folder, job, lambda skip, bar: documents.read(sources, text_key, job['pairs'], errors, skip, bar), total,
-              ' rows' if is_stream else 'B', overwrite)
-    return folder
+    bins.make(folder, job, lambda skip, bar: documents.read(sources, job['text_key'], job['pairs'], job['errors'], skip,
+                                                            bar, job['separator']),
+              total, ' rows' if is_stream else 'B', overwrite)
 
 
 def prepare_texts(folder, root, source, tokenizer):
@@ -118,7 +139,6 @@ def prepare_texts(folder, root, source, tokenizer):
 
 
 def announce_openwebtext(folder):
-    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     print(f'openwebtext: 9 billion tokens take 18 GB in {folder} ({free / 1e9:.0f} GB are free) and some hours')
     if free < 18e9:
@@ -189,17 +209,19 @@ def split_documents(documents):
 def read_shakespeare(root, source):
     """Tiny Shakespeare: from the file given, from FLATGPT_MIRROR, or downloaded once to data/tinyshakespeare.txt."""
     mirror = Path(os.environ.get('FLATGPT_MIRROR', root)) / 'tinyshakespeare.txt'
-    path = Path(source) if source else mirror if mirror.is_file() else root / 'tinyshakespeare.txt'
+    path = Path(source) if source else mirror if os.path.isfile(mirror) else root / 'tinyshakespeare.txt'
     if not source and not path.is_file():
         try:
             downloads.fetch(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
         except OSError as error:
-            fail(f'Tiny Shakespeare could not be downloaded ({error}); fetch {SHAKESPEARE_URL} by hand and give it '
-                 'with prepare.py --input=FILE, or as tinyshakespeare.txt in a folder that the environment variable '
-                 'FLATGPT_MIRROR names; the dataset python_docs needs no network')
-    if not path.is_file():
+            fail(f'Tiny Shakespeare could not be downloaded ({reason(error)}); fetch {SHAKESPEARE_URL} by hand and '
+                 'give it with prepare.py --input=FILE, or as tinyshakespeare.txt in a folder that the environment '
+                 'variable FLATGPT_MIRROR names; the dataset python_docs needs no network')
+    if not os.path.isfile(path):
         fail(f'--input={source}: there is no such file')
-    if tokens.sha256(path) != SHAKESPEARE_SHA256:
+    with explained(f'{path} cannot be read', 'give another --input=FILE'):
+        is_it = tokens.sha256(path) == SHAKESPEARE_SHA256
+    if not is_it:
         fail(f'{path} is not Tiny Shakespeare (its sha256 differs); '
              f'for a text of your own: python prepare.py --input={path} --dataset=NAME')
     return path.read_bytes().decode('utf-8')

@@ -7,61 +7,101 @@ documents, its prompt and its response. What cannot be read ends the script with
 
 import codecs
 import csv
+import functools
 import glob
 import gzip
 import io
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
-from kit.base.errors import fail
+from kit.base.errors import explained, fail, reason
 from kit.base.overrides import require
+from kit.data.tokens import END
 
 TEXTS = ('.txt', '.md', '.py')  # a document a file
-ROWS = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.csv', '.parquet')  # a document a row
+ROWS = ('.jsonl', '.ndjson', '.json', '.csv', '.parquet')  # a document a row
 PAIRS = ('.tsv',)  # a pair a line: prompt, tab, response
 PAIR_KEYS = ('prompt', 'response')
+PACKED = ('.gz', '.zst')  # behind any of these
 
 BLOCK = 2**20  # bytes of a text file that are read at once
 PATIENCE = 16  # blocks that are searched for a place to cut
+LONGEST = 2**27  # characters of a row: what is longer is a bracket or a quote that does not close
 
 
 def find(source):
     """
     The files that --input names, each once, in its order and in that of their names, and hf:NAMEs as they are. What is
-    hidden in a folder stays so.
+    hidden in a folder stays so; what else is left out, or read for no better reason than its name, is printed.
     """
     found = []
     for word in [source] if os.path.exists(source) else map(str.strip, source.split(',')):
-        path = Path(word)
         if not word:
             fail(f'--input={source:.80}: there is nothing before, between or behind a comma')
         if word.startswith('hf:'):
             found.append(word)
-        elif path.is_dir():
-            inside = sorted(p for p in path.rglob('*') if suffix(p) and p.is_file()
-                            and not any(part.startswith('.') for part in p.relative_to(path).parts))
-            found += inside or fail(f'--input={word}: there is no file in this folder that ends in '
-                                    f'{", ".join(TEXTS + ROWS + PAIRS)}')
-        elif path.exists():
-            found.append(path)
+        elif os.path.isdir(word):
+            found += find_inside(word)
+        elif os.path.lexists(word):
+            found.append(Path(word))
         else:
-            matches = sorted(p for p in map(Path, glob.glob(word, recursive=True)) if p.is_file())
-            found += matches or fail(f'--input={word}: there is no such file')
-    found = list({name if isinstance(name, str) else name.resolve(): name for name in found}.values())
+            matches = sorted(path for path in map(Path, glob.glob(word, recursive=True)) if not path.is_dir())
+            if not matches:
+                with explained(f'--input={word:.200} cannot be read'):
+                    os.stat(word)
+            found += matches
     for name in found:  # before any work begins
+        if isinstance(name, str):
+            require('datasets', f'--input={name}')
+        elif not os.path.isfile(name):
+            with explained(f'--input={name} cannot be read'):  # a link to nowhere
+                os.stat(name)
+            fail(f'--input={name} is no file; cat {name} | python prepare.py --input=- reads it')
         for ending, package in ('.zst', 'zstandard'), ('.parquet', 'pyarrow'):
             if str(name).lower().endswith(ending):
                 require(package, f'--input={name}')
-        if isinstance(name, str):
-            require('datasets', f'--input={name}')
+    found = list({name if isinstance(name, str) else os.path.realpath(name): name for name in found}.values())
+    if unknown := [str(name) for name in found if not isinstance(name, str) and not suffix(name)]:
+        print(f'{in_short(unknown)} {"is" if len(unknown) == 1 else "are"} read as plain text')
     return found
 
 
+def find_inside(folder):
+    """The files of the known kinds in a folder and those below it."""
+    found, others = [], set()
+
+    def refuse(error):
+        fail(f'--input={folder}: {error.filename} cannot be read ({reason(error)})')
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        for path in (Path(place, name) for name in names if not name.startswith('.')):
+            if suffix(path):
+                found.append(path)
+            else:
+                others.add(path.suffix or path.name)
+    if not found:
+        fail(f'--input={folder}: there is no file in this folder that ends in {", ".join(TEXTS + ROWS + PAIRS)}')
+    if others:
+        print(f'{folder}: files that end in {in_short(sorted(others))} are left out')
+    return sorted(found)
+
+
+def in_short(names):
+    """'a, b, c and 7 more'."""
+    return ', '.join(names[:3]) + (f' and {len(names) - 3:,} more' if len(names) > 3 else '')
+
+
 def suffix(path):
-    """.jsonl.gz of x.jsonl.gz; '' where it is none that is known here."""
-    return next((s for s in TEXTS + ROWS + PAIRS if str(path).lower().endswith(s)), '')
+    """.jsonl of x.jsonl and of x.jsonl.gz; '' where it is none that is known here."""
+    name = str(path).lower().removesuffix('.gz').removesuffix('.zst')
+    return next((s for s in TEXTS + ROWS + PAIRS if name.endswith(s)), '')
+
+
+def is_packed(path):
+    return str(path).lower().endswith(PACKED)
 
 
 def are_pairs(sources):
@@ -78,25 +118,27 @@ def stamps(sources):
     """What tells whether the files are still the same: [name, bytes, time of the last change] of each."""
     found = []
     for source in sources:
-        try:
+        with explained(f'--input={source} cannot be read'):
             stat = None if isinstance(source, str) else source.stat()
-        except OSError as error:
-            fail(f'--input={source} cannot be read: {error.strerror}')
         found.append([str(source), stat.st_size, stat.st_mtime_ns] if stat else [source])
     return found
 
 
-def read(sources, text_key='text', pairs=False, errors='strict', skip=0, bar=None):
+def read(sources, text_key='text', pairs=False, errors='strict', skip=0, bar=None, separator=''):
     """
-    Yield (text, ends) from all sources, in their order, without the first `skip` of them. bar, a tqdm, is told of the
-    bytes that are read, or of the rows where a source is a stream.
+    Yield (text, ends) from all sources, in their order, without the first `skip` of them. A document also ends where
+    the separator stands, if there is one. bar, a tqdm, is told of the bytes that are read, or of the rows where a
+    source is a stream.
     """
     keys = PAIR_KEYS if pairs else (text_key,)
-    if len(sources) == 1 and isinstance(sources[0], str):  # the library can skip without downloading all
+    is_stream = len(sources) == 1 and isinstance(sources[0], str)
+    if is_stream and not separator:  # the library can skip without downloading all
         rows, skip = divmod(skip, len(keys))
         found = pick(stream(sources[0], rows, bar), keys, f'{sources[0]}, row')
     else:
         found = itertools.chain.from_iterable(read_one(source, keys, errors, bar) for source in sources)
+    if separator:
+        found = split_at(separator, found)
     return itertools.islice(found, skip, None)
 
 
@@ -108,19 +150,42 @@ def read_one(source, keys, errors, bar):
     if keys == PAIR_KEYS and kind not in ROWS + PAIRS:
         fail(f'{source} holds no pairs; they come in a .tsv (prompt, tab, response) or, with --pairs, in a .jsonl with '
              'the keys prompt and response')
-    try:
+    can_be_cut = is_packed(source) or kind == '.parquet'
+    with explained(f'{source} cannot be read', 'where it is cut off, copy it again' if can_be_cut else ''):
         if kind in PAIRS:
             yield from pick(tsv_rows(source, errors, bar), keys, f'{source}, line')
         elif kind == '.parquet':
             yield from pick(parquet_rows(source, keys, bar), keys, f'{source}, row')
         elif kind == '.csv':
-            yield from pick(csv_rows(source, errors, bar), keys, f'{source}, line')
+            yield from pick(csv_rows(source, keys, errors, bar), keys, f'{source}, line')
+        elif kind == '.json':
+            yield from pick(json_rows(source, keys, errors, bar), keys, f'{source}, row')
         elif kind in ROWS:
-            yield from pick(json_rows(source, errors, bar), keys, f'{source}, line')
+            yield from pick(json_lines(source, keys, errors, bar), keys, f'{source}, line')
         else:
             yield from pieces(source, errors, bar)
-    except Exception as error:  # the disk, or a file that is not what its name says, in the words of six libraries
-        fail(f'{source} cannot be read: {getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"}')
+
+
+def split_at(separator, found):
+    """
+    The documents in (text, ends), each ended also where the separator stands, across pieces too; it goes, and so does a
+    document of white space alone. A piece that it may have begun in waits for the next.
+    """
+    waiting, begun = '', False  # a piece, and whether pieces of its document have gone before
+    for text, ends in found:
+        *whole, last = (waiting + text).split(separator)
+        waiting = ''
+        for piece, is_end in [*((piece, True) for piece in whole), (last, ends)]:
+            if not is_end and (begins_in(piece, separator) or not begun and not piece.strip()):
+                waiting = piece
+            elif begun or piece.strip():
+                yield piece, is_end
+                begun = not is_end
+
+
+def begins_in(text, mark):
+    """How many characters at the end of a text may be the first of this mark."""
+    return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,26 +195,36 @@ def read_one(source, keys, errors, bar):
 def pieces(path, errors, bar):
     """
     A text file in pieces of about BLOCK bytes. A piece ends between a letter and white space: no pattern that splits
-    text for BPE has a token across that, so the pieces have the tokens of the whole.
+    text for BPE has a token across that, nor does END stand there, so the pieces have the tokens of the whole.
     """
-    decoder, rest, offset = codecs.getincrementaldecoder('utf-8')(errors), '', 0
-    with open(path, 'rb') as file:
+    rest = ''
+    for text in texts(path, errors, bar):
+        searched = len(rest)
+        rest += text
+        cut = next((i for i in range(len(rest) - 1, max(searched, 1) - 1, -1)
+                    if rest[i] in ' \n\r\t' and rest[i - 1].isalpha()), 0)
+        if not cut and len(rest) > PATIENCE * BLOCK:  # no letters, or no space: one token may come out as two
+            cut = len(rest) - max(begins_in(rest, '\r\n'), begins_in(rest, END))
+        if cut:
+            yield rest[:cut].replace('\r\n', '\n'), False
+            rest = rest[cut:]
+    yield rest.replace('\r\n', '\n'), True
+
+
+def texts(path, errors, bar):
+    """The text of a file, packed or not, in blocks of BLOCK bytes."""
+    decoder, offset, position = codecs.getincrementaldecoder('utf-8')(errors), 0, 0
+    with open(path, 'rb') as raw:
+        file = unpacked(path, raw)
         while block := file.read(BLOCK):
-            searched = len(rest)
-            rest += decode(decoder, block, path, offset)
-            if offset == 0:
-                rest = rest.removeprefix('\ufeff')
+            if 0 in block:
+                fail_no_text(path, offset + block.index(0))
+            text = decode(decoder, block, path, offset)
+            yield text if offset else text.removeprefix('\ufeff')
             offset += len(block)
-            bar.update(len(block))
-            cut = next((i for i in range(len(rest) - 1, max(searched, 1) - 1, -1)
-                        if rest[i] in ' \n\r\t' and rest[i - 1].isalpha()), 0)
-            if not cut and len(rest) > PATIENCE * BLOCK:  # no letters, or no space: one token may come out as two
-                cut = len(rest) - rest.endswith('\r')
-            if cut:
-                yield rest[:cut].replace('\r\n', '\n'), False
-                rest = rest[cut:]
-        rest += decode(decoder, b'', path, offset, final=True)
-        yield rest.replace('\r\n', '\n'), True
+            bar.update(raw.tell() - position)
+            position = raw.tell()
+        yield decode(decoder, b'', path, offset, final=True)
 
 
 def decode(decoder, block, path, offset, final=False):
@@ -165,6 +240,10 @@ def fail_undecodable(path, offset):
          '--errors=replace puts U+FFFD in its place')
 
 
+def fail_no_text(path, offset):
+    fail(f'{path} is no text: there is a NUL at offset {offset}; where it is UTF-16, convert it to UTF-8')
+
+
 def lines(path, errors, bar):
     """(number, line) of a file, packed or not; the line ends in a newline, or not at all."""
     with open(path, 'rb') as raw:
@@ -174,6 +253,8 @@ def lines(path, errors, bar):
                 text = line.decode('utf-8', errors)
             except UnicodeDecodeError as error:
                 fail_undecodable(path, offset + error.start)
+            if 0 in line:
+                fail_no_text(path, offset + line.index(0))
             if number == 1:
                 text = text.removeprefix('\ufeff')
             offset += len(line)
@@ -184,12 +265,45 @@ def lines(path, errors, bar):
 
 
 def unpacked(path, raw):
+    """The file that is in an open one, or that one where nothing is packed. Raises what says that it is cut off."""
+    file, size = raw, os.fstat(raw.fileno()).st_size
+    if is_packed(path) and not size:
+        raise EOFError('it is empty')
     if str(path).lower().endswith('.gz'):
-        return gzip.open(raw)
-    if str(path).lower().endswith('.zst'):
+        file = gzip.open(raw)
+    elif is_packed(path):
         import zstandard
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), BLOCK)
-    return raw
+        check_frames(raw, size)
+        frames = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        file = io.BufferedReader(frames, BLOCK)
+    if file.peek(4).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        fail(f'{path} is UTF-16 or UTF-32; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 FILE > OTHER')
+    return file
+
+
+def check_frames(file, size):
+    """
+    Whether a .zst ends where a frame does, by the sizes that stand before its blocks: zstandard takes one that is cut
+    off for whole. Raises EOFError, and what zstandard raises where there is no frame.
+    """
+    import zstandard
+    place, frame = 0, None
+    while place < size:
+        file.seek(place)
+        head = file.read(18)  # of a block, or of a frame, which is the longer
+        if frame:
+            word = int.from_bytes(head[:3], 'little')
+            place += 3 + (1 if word >> 1 & 3 == 1 else word >> 3)  # 1: a single byte, so many times
+            if word & 1:  # its last block
+                place, frame = place + 4 * frame.has_checksum, None
+        elif head[1:4] == b'\x2a\x4d\x18' and head[0] >> 4 == 5:  # no text: to be skipped
+            place += 8 + int.from_bytes(head[4:8], 'little')
+        else:
+            frame = zstandard.get_frame_parameters(head)
+            place += zstandard.frame_header_size(head)
+    if frame or place > size:
+        raise EOFError('it ends within a frame')
+    file.seek(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,29 +325,98 @@ def pick(rows, keys, place):
 
 
 def fail_missing(where, row, keys):
+    inside = [key for key, value in row.items() if isinstance(value, list)]
     if keys == PAIR_KEYS:
         remedy = 'a pair has the keys prompt and response'
     elif row.keys() >= set(PAIR_KEYS):
         remedy = '--pairs makes pairs of prompt and response'
     else:
-        remedy = f'--text_key={next(iter(row), "KEY")} takes another'
+        rows = f', and rows inside of {inside[0]} have to stand by themselves, as a .jsonl' if inside else ''
+        remedy = f'--text_key={next(iter(row), "KEY")} takes another{rows}'
     key = next(key for key in keys if key not in row)
     fail(f'{where}: there is no {key}, only {", ".join(map(str, row)) or "nothing"}; {remedy}')
 
 
-def json_rows(path, errors, bar):
+def unique(pairs):
+    """An object of JSON. Raises ValueError where a key stands twice: one of the two would be lost."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError('a key stands twice')
+    return row
+
+
+JSON = json.JSONDecoder(object_pairs_hook=unique)
+
+
+def json_lines(path, keys, errors, bar):
     for number, line in lines(path, errors, bar):
         if line.isspace():
             continue
+        where = f'{path}, line {number}'
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            fail(f'{path}, line {number}: this is no JSON ({error.msg}, column {error.colno})')
-        if not isinstance(row, dict):
-            fail(f'{path}, line {number}: this is no object with keys, but {line.strip():.40}')
-        if '\\u' in line:  # half a character that UTF-16 writes as two is no text
-            row = {key: whole_characters(value, f'{path}, line {number}', errors) for key, value in row.items()}
-        yield number, row
+            row = JSON.decode(line)
+        except (ValueError, RecursionError) as error:
+            fail_json(where, error)
+        yield number, json_row(row, keys, '\\u' in line, where, errors)
+
+
+BETWEEN = re.compile(r'[\s,]*')  # the rows of an array
+
+
+def json_rows(path, keys, errors, bar):
+    """
+    The rows of a .json: those of the array in it, else what stands at its top, one object or many. So much of it is
+    held as the next row needs: one that does not end yet is tried again when twice as much is there.
+    """
+    blocks = itertools.chain(filter(None, texts(path, errors, bar)), ['\n'])
+    text, number = next(blocks).lstrip(), 1
+    in_array = begin = text.startswith('[')
+    while True:
+        begin = BETWEEN.match(text, begin).end()
+        if in_array and text.startswith(']', begin):
+            in_array, begin = False, begin + 1
+            continue
+        where = f'{path}, row {number}'
+        try:
+            row, end = JSON.raw_decode(text, begin)
+        except (ValueError, RecursionError) as error:
+            if not goes_on(text, error):
+                fail_json(where, error, begin)
+            end = len(text)
+        if end < len(text):
+            yield number, json_row(row, keys, text.find('\\u', begin, end) >= 0, where, errors)
+            number, begin = number + 1, end
+        elif end - begin > LONGEST:
+            fail(f'{where} has more than {LONGEST:,} characters; give the rows as an array, or as a .jsonl')
+        elif more := ''.join(itertools.islice(blocks, 1 + (end - begin) // BLOCK)):
+            text, begin = text[begin:] + more, 0
+        elif begin < end or in_array:
+            fail(f'{where} does not end: the file is cut off, or no JSON')
+        else:
+            return
+
+
+def goes_on(text, error):
+    """Whether that may be no JSON for no other reason than that it is not all there."""
+    return isinstance(error, json.JSONDecodeError) and (
+        error.msg.startswith('Unterminated string') or not text[error.pos + len('-Infinity'):].strip())
+
+
+def fail_json(where, error, begin=0):
+    is_syntax = isinstance(error, json.JSONDecodeError)
+    fail(f'{where}: this is no JSON '
+         f'({f"{error.msg}, column {error.pos - begin + 1}" if is_syntax else reason(error)})')
+
+
+def json_row(row, keys, has_escapes, where, errors):
+    """What JSON holds for a row as a dict; a text alone is the one under the key that is looked for."""
+    if isinstance(row, str) and len(keys) == 1:
+        row = {keys[0]: row}
+    if not isinstance(row, dict):
+        fail(f'{where}: this is no object with keys, but {json.dumps(row):.40}')
+    if has_escapes:  # half a character that UTF-16 writes as two is no text
+        row = {key: whole_characters(value, where, errors) for key, value in row.items()}
+    return row
 
 
 def whole_characters(value, where, errors):
@@ -245,15 +428,35 @@ def whole_characters(value, where, errors):
         fail(f'{where}: a \\u escape stands for half a character; --errors=replace puts U+FFFD in its place')
 
 
-def csv_rows(path, errors, bar):
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(line for _, line in lines(path, errors, bar))
-    header = next(reader, [])
-    for row in reader:
-        if row and len(row) != len(header):
-            fail(f'{path}, line {reader.line_num}: {len(row)} columns, and the header has {len(header)}')
-        if row:
-            yield reader.line_num, dict(zip(header, row))
+def csv_rows(path, keys, errors, bar):
+    csv.field_size_limit(LONGEST)
+    text = (line for _, line in lines(path, errors, bar))
+    first, begin = next(text, ''), 1  # begin: the line of a row's first character
+    headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ',;\t|'}
+    separator = next((mark for mark in headers if set(keys) <= set(headers[mark])),
+                     next((mark for mark in headers if len(headers[mark]) > 1), ','))
+    if separator != ',':
+        tell_separator(path, separator)
+    reader = csv.reader(itertools.chain([first], text), delimiter=separator, strict=True)
+    try:
+        header = next(reader, [])
+        if twice := [key for key in keys if header.count(key) > 1]:
+            fail(f'{path}: two columns have the name {twice[0]}')
+        begin = reader.line_num + 1
+        for row in reader:
+            if row and len(row) != len(header):
+                fail(f'{path}, line {reader.line_num}: {len(row)} columns, and the header has {len(header)} '
+                     f'(separator {separator!r})')
+            if row:
+                yield reader.line_num, dict(zip(header, row))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        fail(f'{path}, line {begin}: the row that begins here is no CSV ({error}); does a quote not close?')
+
+
+@functools.cache  # once: a text that a vocabulary is learned from is read twice
+def tell_separator(path, separator):
+    print(f'{path}: its columns have the separator {separator!r}')
 
 
 def tsv_rows(path, errors, bar):

@@ -5,16 +5,23 @@ import urllib.request
 
 from tqdm import tqdm
 
+from kit.base import files
 from kit.data.tokens import sha256
 
 
 def fetch(url, path, expected_sha256=''):
-    """Download to a temporary name beside path, check length and hash, then rename. Raises OSError, leaves nothing."""
+    """
+    Download to a temporary name beside path, check length and hash, then rename. Two processes do so one after the
+    other, and what is there by then is not fetched again. Raises OSError, leaves nothing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    print(f'downloading {url}')
+    part = path.with_name(f'.{path.name}.part')
+    lock = files.lock(path.parent, f'another process is downloading to {path.parent}: waiting for its end')
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer, open(part, 'wb') as file:
+        if path.is_file():
+            return
+        print(f'downloading {url}')
+        with urllib.request.urlopen(url, timeout=30) as answer, files.open_own(part, 'wb') as file:
             size = int(answer.headers.get('Content-Length', 0))
             with tqdm(total=size or None, unit='B', unit_scale=True, leave=False, disable=None) as bar:
                 while chunk := answer.read(2**20):
@@ -27,3 +34,5 @@ def fetch(url, path, expected_sha256=''):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+        (path.parent / '.lock').unlink(missing_ok=True)  # while it is held: who waits for it looks for another
+        lock.close()

@@ -378,7 +378,11 @@ def parse(dataset):
         if not name or not 0 < weights[name] < float('inf'):
             fail(f'dataset = {dataset!r}: a mixture is NAME:SHARE,NAME:SHARE with shares above 0, such as a:0.7,b:0.3')
     total = sum(weights.values())
-    return {name: weight / total for name, weight in weights.items()}
+    shares = {name: weight / total for name, weight in weights.items()}
+    if min(shares.values()) < 1e-9:  # where the sum has overflown too
+        fail(f'dataset = {dataset!r}: {min(shares, key=shares.get)} has less than a billionth of the rows; take shares '
+             'such as a:0.7,b:0.3')
+    return shares
 
 
 def open(settings):
@@ -393,6 +397,8 @@ def open(settings):
     for name in shares:
         folder = find(name)
         found[name] = (folder, *tokens.read_dataset(folder, s['block_size'] if s['batch_mode'] == 'windows' else 1))
+        if found[name][2] is tokens.GPT2:
+            print(f"{folder} has no meta file: its ids are taken for GPT-2's")
     first, (_, _, meta) = next(iter(found.items()))
     for name, (_, _, other) in found.items():
         if not tokens.is_same_tokenizer(other['tokenizer'], meta['tokenizer']):
@@ -427,10 +433,10 @@ def reader(name, folder, split, data, meta, s):
     mode, block_size, end_of_text = s['batch_mode'], s['block_size'], meta.get('end_of_text')
     if mode == 'windows':
         return Windows(data, block_size)
+    if mode in ('packed', 'padded') and end_of_text is None:
+        fail(f'batch_mode = {mode!r}: {name} has no end-of-text id between its documents; prepare it again from a '
+             'folder of files or from .jsonl rows, or take --batch_mode=windows')
     if mode == 'packed':
-        if end_of_text is None:
-            fail(f'batch_mode = {mode!r}: {name} has no end-of-text id between its documents; prepare it again from a '
-                 'folder of files or from .jsonl rows, or take --batch_mode=windows')
         packed = Packed(data, block_size, end_of_text, s['document_attention'])
         print(f'packed: {split} of {name} has {packed.n_documents:,} documents in {packed.n_numbers:,} rows; '
               f'{packed.cropped:.2%} of its tokens are cropped, that is cut off from the begin of their document')

@@ -6,115 +6,191 @@ meta.json holds all that is needed to encode and decode, so neither needs a down
 """
 
 import base64
+import codecs
 import hashlib
 import json
 import os
 import pickle
+import re
+from contextlib import suppress
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from kit.base.errors import ROOT, fail
+from kit.base.errors import ROOT, explained, fail, shown
 
-END = '<|endoftext|>'  # what stands behind each document, as text; its id is meta['end_of_text']
+END = '<|endoftext|>'  # how what stands behind each document is shown; its id is meta['end_of_text']
 
 MASK = '[MASK]'  # what a hidden token is shown as
+NOTHING = '\N{REPLACEMENT CHARACTER}'  # what an id without a token is shown as
 
 HASH_UP_TO = 64 * 2**20  # bytes: larger files have their size checked at each start, not their hash
 SCAN_UP_TO = 50_000_000  # tokens: of larger splits a sample is searched for ids beyond the vocabulary
 HEADER = 1024  # bytes before the ids in a shard of llm.c
+SHARDS = {20240520: (1, '<u2'), 20240801: (7, '<u4')}  # their first number: version and dtype, of GPT-2's and Llama 3's
+
+# a meta.json for uint32 ids that come without one
+EXAMPLE = '{{"vocab_size": {0}, "dtype": "uint32", "tokenizer": {{"kind": "ids", "size": {0}}}}}'
+
+# what files begin with that are no ids, whatever they are called
+FOREIGN = {b'\x93NUMPY': 'a .npy file', b'PK\x03\x04': 'a zip, as torch.save writes', b'\x1f\x8b\x08': 'a .gz file',
+           b'\x28\xb5\x2f\xfd': 'a .zst file', b'\xfd7zXZ': 'an .xz file', b'PAR1': 'a Parquet file'}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizers: their number of ids, the id of the end of a document (or None), and the ids that no token has. In a text
+# that is encoded END is a text like any other.
 
 
 class CharTokenizer:
-    """One id a character. chars: the characters in the order of their ids; the last can be END."""
+    """One id a character. chars: the characters in the order of their ids; '' where there is none, END for the end."""
 
     def __init__(self, chars):
         self.chars = chars
-        self.ids = {char: i for i, char in enumerate(chars)}
-        self.size = len(chars)
-        self.specials = {self.ids[END]} if END in self.ids else set()
+        self.ids = {char: i for i, char in enumerate(chars) if char}
+        self.size, self.end = len(chars), self.ids.get(END)
+        self.gaps = [i for i, char in enumerate(chars) if not char]
 
     def encode(self, text):
-        pieces = text.split(END) if self.specials else [text]
-        unknown = sorted(set().union(*pieces) - self.ids.keys())
-        if unknown:
-            raise ValueError(f'{unknown[0]!r} is not among the {self.size} characters of this model')
-        ids = [self.ids[char] for char in pieces[0]]
-        for piece in pieces[1:]:
-            ids += [self.ids[END], *(self.ids[char] for char in piece)]
+        if unknown := sorted(set(text) - self.ids.keys()):
+            raise ValueError(f'{unknown[0]!r} is not among the {len(self.ids)} characters of this model')
+        return [self.ids[char] for char in text]
+
+    def decode_bytes(self, ids):
+        return ''.join(self.chars[i] or NOTHING for i in ids).encode(errors='surrogatepass')
+
+
+class WordTokenizer:
+    """
+    One id a word, as in a meta.pkl of nanoGPT's whose itos has entries of several characters. Where most have, and none
+    has a blank, blanks stand between them; else they stand side by side.
+    """
+
+    def __init__(self, words):
+        self.words = words
+        self.ids = {word: i for i, word in enumerate(words) if word and word != END}
+        self.size, self.end = len(words), words.index(END) if END in words else None
+        self.gaps = [i for i, word in enumerate(words) if not word]
+        self.longest = max(map(len, self.ids))
+        is_apart = sum(len(word) > 1 for word in self.ids) > len(self.ids) / 2 and ' ' not in ''.join(self.ids)
+        self.blank = ' ' if is_apart else ''
+
+    def encode(self, text):
+        """From left to right the longest word that fits. Where blanks stand between words any white space may."""
+        ids, place = [], 0
+        while place < len(text):
+            ends = range(min(len(text), place + self.longest), place, -1)
+            word = next((text[place:end] for end in ends if text[place:end] in self.ids), '')
+            if word:
+                ids.append(self.ids[word])
+            elif not (self.blank and text[place].isspace()):
+                raise ValueError(f'{text[place:place + 20]!r} begins with none of the {len(self.ids)} words of this '
+                                 'model')
+            place += len(word) or 1
         return ids
 
     def decode_bytes(self, ids):
-        return ''.join(self.chars[i] for i in ids).encode()
+        return ''.join(self.blank + (self.words[i] or NOTHING) for i in ids).encode(errors='surrogatepass')
+
+
+class IdTokenizer:
+    """No text is known: ids are written as numbers, with blanks between them."""
+
+    end, gaps = None, ()
+
+    def __init__(self, size):
+        self.size = size
+
+    def encode(self, text):
+        for word in text.split():
+            if not word.isdecimal() or int(word) >= self.size:
+                raise ValueError(f'{word!r} is no id from 0 to {self.size - 1}, and this model knows nothing else; '
+                                 'give ids with blanks between them')
+        return [int(word) for word in text.split()]
+
+    def decode_bytes(self, ids):
+        return ''.join(f' {i}' for i in ids).encode()
 
 
 class ByteTokenizer:
     """One id a byte of UTF-8, and 256 for END."""
 
-    size, specials = 257, {256}
+    size, end, gaps = 257, 256, ()
 
     def encode(self, text):
-        pieces = text.split(END)
-        ids = list(pieces[0].encode())
-        for piece in pieces[1:]:
-            ids += [256, *piece.encode()]
-        return ids
+        return list(text.encode())
 
     def decode_bytes(self, ids):
         return b''.join(END.encode() if i == 256 else bytes([i]) for i in ids)
 
 
 class BPETokenizer:
-    """Byte-pair encoding by tiktoken. END in a text is the special token."""
+    """By tiktoken."""
 
     def __init__(self, encoding):
-        self.encoding = encoding
-        self.size = encoding.n_vocab
-        self.specials = set(encoding._special_tokens.values())
+        self.encoding, self.size = encoding, encoding.n_vocab
+        self.end = encoding._special_tokens.get(END)
+        self.bytes_of = {i: token for token, i in encoding._mergeable_ranks.items()} | {
+            i: special.encode() for special, i in encoding._special_tokens.items()}
+        self.gaps = [i for i in range(self.size) if i not in self.bytes_of]
 
     def encode(self, text):
-        return self.encoding.encode(text, allowed_special={END})
+        return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids):
-        return self.encoding.decode_bytes(ids)
+        return b''.join(self.bytes_of.get(i, NOTHING.encode()) for i in ids)
 
 
 def bpe(description):
     """Raises OSError where it had to be downloaded and could not."""
     if 'ranks' not in description:  # a nanoGPT folder or checkpoint: all that is known is the name
         return BPETokenizer(tiktoken_encoding(description['name']))
+    return bpe_of(description['name'], description['pattern'], description['ranks'],
+                  tuple(description['special'].items()))
+
+
+@lru_cache(maxsize=4)  # a launch asks several times
+def bpe_of(name, pattern, ranks, special):
     import tiktoken
-    ranks = {base64.b64decode(token): rank for rank, token in enumerate(description['ranks'].split('\n')) if token}
-    return BPETokenizer(tiktoken.Encoding(description['name'], pat_str=description['pattern'], mergeable_ranks=ranks,
-                                          special_tokens=description['special']))
+    ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(ranks.split('\n')) if token}
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f'its ranks have no token for the byte {missing[0]}')
+    return BPETokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=dict(special)))
 
 
-# the kinds of tokenizers, and how each is made of what meta['tokenizer'] says
+# the kinds of tokenizers that prepare.py knows, and how each is made of what meta['tokenizer'] says
 KINDS = {
     'char': lambda description: CharTokenizer(description['chars']),
     'byte': lambda description: ByteTokenizer(),
     'bpe': bpe,
 }
 
+# those that are read alone
+FOUND = {
+    'word': lambda description: WordTokenizer(description['words']),
+    'ids': lambda description: IdTokenizer(description['size']),
+}
+
 
 def tokenizer(description):
     """The tokenizer that meta['tokenizer'] describes. Raises OSError where it had to be downloaded and could not."""
-    return KINDS[description['kind']](description)
+    return (KINDS | FOUND)[description['kind']](description)
 
 
 def encode_batch(batch, tokenizer, end, dtype):
-    """[(text, whether a document ends)] -> the ids of all, with END's id behind each document, and nowhere else."""
+    """[(text, whether a document ends)] -> the ids of all, with the id `end` behind each document."""
     ids = []
     for text, is_end in batch:
-        ids += [i for i in tokenizer.encode(text) if i != end] + [end] * is_end
+        ids += [*tokenizer.encode(text), *[end] * is_end]
     return np.array(ids, dtype)
 
 
 def decode(tokens, ids):
     """
-    Ids -> text. Bytes that are no whole UTF-8 character become the replacement character, ids beyond the tokenizer's
-    (the one that hides a token) become MASK.
+    Ids -> text, whatever they are. Bytes that are no whole UTF-8 character and ids that no token has become the
+    replacement character, ids beyond the tokenizer's (the one that hides a token) become MASK.
     """
     pieces = [MASK.encode() * len(list(run)) if is_beyond else tokens.decode_bytes(list(run))
               for is_beyond, run in groupby(ids, lambda i: i >= tokens.size)]
@@ -122,28 +198,39 @@ def decode(tokens, ids):
 
 
 def beginning(tokens, meta):
-    """The ids that a new text begins with: end_of_text where it stands between documents, else a line break."""
-    return [meta['end_of_text']] if meta.get('documents') else tokens.encode('\n')
+    """
+    The ids that a new text begins with: end_of_text where it stands between documents, else a line break; a blank where
+    the model knows none, else the first token that there is.
+    """
+    if meta.get('documents'):
+        return [meta['end_of_text']]
+    for text in '\n', ' ':
+        with suppress(ValueError):
+            if ids := tokens.encode(text):
+                return ids
+    return [next(i for i in range(tokens.size) if i not in tokens.gaps)]
 
 
 def is_same_tokenizer(one, other):
     """Whether ids mean the same by two descriptions, of which one may know no more than the name, as nanoGPT's do."""
-    keys = [key for key in ('chars', 'name', 'ranks') if key in one and key in other]
+    keys = [key for key in ('chars', 'words', 'name', 'ranks') if key in one and key in other]
     return one['kind'] == other['kind'] and all(one[key] == other[key] for key in keys)
 
 
 def bytes_per_token(meta, ids):
     """
-    How many bytes of text a token of these ids stands for, on average; special tokens stand for none. None where the
-    tokenizer had to be downloaded and could not.
+    How many bytes of text a token of these ids stands for, on average; the end of a document stands for none. None
+    where no text is known, or the tokenizer had to be downloaded and could not.
     """
+    if meta['tokenizer']['kind'] == 'ids':
+        return None
     try:
         text = tokenizer(meta['tokenizer'])
     except OSError:
         return None
-    counts = sum(np.bincount(ids[i:i + 2**22], minlength=text.size) for i in range(0, len(ids), 2**22))
-    n_bytes = sum(int(counts[i]) * len(text.decode_bytes([i])) for i in np.flatnonzero(counts).tolist()
-                  if i not in text.specials)
+    counts = sum(np.bincount(ids[i:i + 2**22], minlength=meta['vocab_size']) for i in range(0, len(ids), 2**22))
+    n_bytes = sum(int(counts[i]) * len(text.decode_bytes([i])) for i in np.flatnonzero(counts[:text.size]).tolist()
+                  if i != text.end)
     return n_bytes / len(ids)
 
 
@@ -161,7 +248,10 @@ def tiktoken_encoding(name):
     mirror = os.path.join(os.environ.get('FLATGPT_MIRROR', ''), 'tiktoken')
     if 'FLATGPT_MIRROR' in os.environ and os.path.isdir(mirror):
         os.environ.setdefault('TIKTOKEN_CACHE_DIR', mirror)
-    return tiktoken.get_encoding(name)
+    try:
+        return tiktoken.get_encoding(name)
+    except ValueError as error:  # there is no such name, or what came was another file
+        raise OSError(str(error)) from None
 
 
 def describe_bpe(encoding):
@@ -183,7 +273,7 @@ GPT2 = {'vocab_size': 50257, 'tokenizer': {'kind': 'bpe', 'name': 'gpt2'}, 'end_
 def dataset_folder(name):
     """data/<name> of the working directory if it is there, else that of the repository."""
     here = Path('data') / name
-    return here if here.is_dir() else ROOT / 'data' / name
+    return here if os.path.isdir(here) else ROOT / 'data' / name  # Path's raises over a long name
 
 
 def exists(folder):
@@ -193,10 +283,9 @@ def exists(folder):
 
 def files_of(folder, split):
     """<split>.bin, or its shards <split>_*.bin in their order, or those of llm.c and modded-nanogpt."""
-    for pattern in f'{split}.bin', f'{split}_*.bin', f'*_{split}.bin', f'*_{split}_*.bin':
-        if found := sorted(folder.glob(pattern)):
-            return found
-    return []
+    patterns = f'{split}.bin', f'{split}_*.bin', f'*_{split}.bin', f'*_{split}_*.bin'
+    found = [sorted(folder.glob(pattern)) for pattern in patterns] if os.path.isdir(folder) else []
+    return next(filter(None, found), [])
 
 
 def read_dataset(folder, block_size=1):
@@ -235,7 +324,7 @@ class Shards:
     """Several arrays of ids as one, with what is asked of one here: its length, slices, arrays of places."""
 
     def __init__(self, parts):
-        self.parts, self.dtype = parts, parts[0].dtype
+        self.parts, self.dtype = parts, np.result_type(*(part.dtype for part in parts))
         self.ends = np.cumsum([len(part) for part in parts])  # of each, in the whole
 
     def __len__(self):
@@ -262,38 +351,80 @@ class Shards:
 
 def read_meta(folder):
     """meta.json, else nanoGPT's meta.pkl, else what nanoGPT assumes where it finds none."""
-    try:
-        if (folder / 'meta.json').is_file():
-            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-            return check_meta(meta)
-        if (folder / 'meta.pkl').is_file():
-            pickled = load_plain_pickle(folder / 'meta.pkl')
-            chars = [pickled['itos'][i] for i in range(len(pickled['itos']))]
-            return check_meta({'vocab_size': pickled['vocab_size'], 'tokenizer': {'kind': 'char', 'chars': chars}})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError,
-            pickle.UnpicklingError) as error:
-        fail(f'the meta file in {folder} is damaged or foreign ({error}); prepare the dataset again')
+    for path in folder / 'meta.json', folder / 'meta.pkl':
+        if path.is_file():
+            with explained(f'{path} is damaged or foreign', 'prepare the dataset again'):
+                is_json = path.suffix == '.json'
+                return check_meta(json.loads(path.read_text(encoding='utf-8-sig')) if is_json else read_nanogpts(path))
     return GPT2
 
 
+def read_nanogpts(path):
+    """
+    What a meta.pkl says: vocab_size, and the tokens in itos (a dict or a list) or stoi; where it has neither no text is
+    known. An id that they leave out has no token.
+    """
+    pickled = load_plain_pickle(path)
+    itos = pickled.get('itos') or {i: token for token, i in pickled.get('stoi', {}).items()}
+    itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
+    size = pickled['vocab_size'] if 'vocab_size' in pickled else max(itos) + 1
+    if not itos:
+        return {'vocab_size': size, 'tokenizer': {'kind': 'ids', 'size': size}}
+    tokens = [itos.get(i, '') for i in range(min(size, 2**16))]
+    if strange := [token for token in tokens if not isinstance(token, str)]:
+        raise ValueError(f'its itos has {shown(strange[0])}, which is no text')
+    if all(len(token) <= 1 or token == END for token in tokens):
+        return {'vocab_size': size, 'tokenizer': {'kind': 'char', 'chars': tokens}}
+    return {'vocab_size': size, 'tokenizer': {'kind': 'word', 'words': tokens}}
+
+
+# what the entries of a meta file are, and those of its tokenizer, where they stand there
+TYPES = {'vocab_size': int, 'files': dict, 'documents': dict, 'pairs': bool, 'separator': str | None,
+         'end_of_text': int | None, 'tokenizer': dict}
+TOKENIZER_TYPES = {'kind': str, 'name': str, 'pattern': str, 'ranks': str, 'special': dict, 'chars': list,
+                   'words': list, 'size': int}
+
+
 def check_meta(meta):
-    """Returns what describes a dataset, or raises ValueError, KeyError, TypeError or AttributeError where it cannot."""
+    """Returns what describes a dataset, or raises ValueError, KeyError or TypeError where it cannot."""
+    check_types(meta, TYPES)
+    size, end, description = meta['vocab_size'], meta.get('end_of_text'), meta['tokenizer']
     if meta.get('format', 1) != 1:
         raise ValueError(f'it has format {meta["format"]!r}, and this version reads format 1')
-    if not isinstance(meta['vocab_size'], int) or meta['vocab_size'] < 1:
-        raise ValueError(f'vocab_size is {meta["vocab_size"]!r}')
+    if not 1 <= size <= 2**32:
+        raise ValueError(f'vocab_size is {size}')
     if meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
         raise ValueError(f'dtype is {meta["dtype"]!r}')
-    if meta['vocab_size'] > 2**16 and meta.get('dtype', 'uint16') == 'uint16':
-        raise ValueError(f'its {meta["vocab_size"]:,} ids do not fit uint16')
+    if size > 2**16 and meta.get('dtype', 'uint16') == 'uint16':
+        raise ValueError(f'its {size:,} ids do not fit uint16')
+    if end is None and (meta.get('documents') or meta.get('separator')):
+        raise ValueError('it has documents and no end_of_text')
+    if end is not None and not 0 <= end < size:
+        raise ValueError(f'end_of_text is {end}, and there are {size:,} ids')
     for entry in meta.get('files', {}).values():
-        int(entry['tokens']), str(entry['sha256'])
-    kind = meta['tokenizer']['kind']
-    if kind not in KINDS:
-        raise ValueError(f'its tokenizer is of kind {kind!r}, which kit/data/tokens.py does not have')
-    if kind == 'char' and len(''.join(meta['tokenizer']['chars'])) < meta['vocab_size']:
-        raise ValueError('it has fewer characters than ids')
+        check_types(entry, {'tokens': int, 'sha256': str})
+        entry['tokens'], entry['sha256']
+    check_types(description, TOKENIZER_TYPES)
+    ''.join(description.get('chars', []))  # a TypeError where one is no text
+    if description['kind'] not in KINDS | FOUND:
+        raise ValueError(f'its tokenizer is of kind {description["kind"]!r}, which kit/data/tokens.py does not have')
+    if not all(0 <= i < size for i in description.get('special', {}).values()):
+        raise ValueError('the ids of its special tokens lie beyond its vocabulary')
+    if description['kind'] != 'bpe' or 'ranks' in description or not description['name']:
+        text = tokenizer(description)
+        if text.size > size or description['kind'] == 'char' and text.size < size:
+            where = 'beyond' if text.size > size else 'fewer than'
+            raise ValueError(f'its tokenizer has {text.size} ids, {where} the vocabulary of {size}')
     return meta
+
+
+def check_types(entries, types):
+    """Raises TypeError where a dict is none, or an entry of it is of another type than it should be."""
+    if not isinstance(entries, dict):
+        raise TypeError(f'a dict should stand where {shown(entries)} does')
+    for name in types.keys() & entries.keys():
+        if not isinstance(entries[name], types[name]) or types[name] is int and isinstance(entries[name], bool):
+            raise TypeError(f'{name} is {shown(entries[name])}')
 
 
 def padded_vocab_size(meta, with_mask=False):
@@ -306,10 +437,28 @@ def padded_vocab_size(meta, with_mask=False):
 
 
 def load_plain_pickle(path):
-    """A pickle of plain containers, numbers and texts. Anything that names code is refused: no file runs any."""
+    """
+    A pickle of plain containers, numbers and texts, NumPy's too. Anything that names code is refused: no file runs any.
+    """
     class Plain(pickle.Unpickler):
         def find_class(self, module, name):
+            if (module, name) == ('numpy', 'dtype'):
+                return Kind
+            if name == 'scalar' and module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+                return lambda kind, data: np.frombuffer(data, kind.dtype)[0].item()
             raise pickle.UnpicklingError(f'it asks for {module}.{name}, and a plain file asks for nothing')
+
+    class Kind:
+        """What a pickle says of a dtype: of numbers and texts, nothing else."""
+
+        def __init__(self, code, *_):
+            if not re.fullmatch(r'[biufU]\d+', code):
+                raise pickle.UnpicklingError(f'it has the dtype {code}, and a plain file has numbers and texts')
+            self.dtype = np.dtype(code)
+
+        def __setstate__(self, state):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
     with open(path, 'rb') as file:
         return Plain(file).load()
 
@@ -317,16 +466,18 @@ def load_plain_pickle(path):
 def read_tokens(path, meta, scan_up_to):
     """One .bin file as a memory map, after a look at its size, its hash and its ids, of so many tokens at most."""
     again = 'prepare the dataset again'
-    dtype = np.dtype(meta.get('dtype', 'uint16')).newbyteorder('<')
-    size, offset = path.stat().st_size, 0
     expected = meta.get('files', {}).get(path.stem)
+    with explained(f'{path} cannot be read', again):
+        size = path.stat().st_size
+        with open(path, 'rb') as file:
+            head = file.read(4096)
     if size == 0:
         fail(f'{path} is empty; {again}')
-    if n_tokens := header_of(path):
-        dtype, offset = np.dtype('<u2'), HEADER
-        if size != offset + 2 * n_tokens:
-            fail(f'{path} has {size:,} bytes, its header speaks of {n_tokens:,} tokens; it is cut off: copy it again')
-        expected = None
+    dtype, offset = np.dtype(meta.get('dtype', 'uint16')).newbyteorder('<'), 0
+    if int.from_bytes(head[:4], 'little') in SHARDS:
+        dtype, offset, expected = read_header(path, head, size, meta), HEADER, None
+    elif not expected and (kind := foreign_kind(head)):
+        fail(f'{path} is {kind}, and a .bin file holds ids alone, as array.astype("{dtype.name}").tofile() writes them')
     if (size - offset) % dtype.itemsize:
         fail(f'{path} has {size} bytes, which is no whole number of {dtype.name} ids; it is cut off: {again}')
     if expected and size != expected['tokens'] * dtype.itemsize:
@@ -335,17 +486,38 @@ def read_tokens(path, meta, scan_up_to):
         fail(f'{path} is not the file that meta.json describes (its sha256 differs); {again}')
     data = np.memmap(path, dtype=dtype, mode='r', offset=offset)
     step = max(1, len(data) // scan_up_to) * 4096
-    highest = max(int(data[i:i + 4096].max()) for i in range(0, len(data), step))
+    pieces = [data[i:i + 4096] for i in range(0, len(data), step)]
+    if offset == 0 and 'dtype' not in meta and len(data) >= 32 and not any(piece[1::2].any() for piece in pieces):
+        fail(f'{path}: every second uint16 in it is 0, as where ids are uint32; a meta.json says which they are, such '
+             'as ' + EXAMPLE.format(meta['vocab_size']))
+    highest = max(int(piece.max()) for piece in pieces)
     if highest >= meta['vocab_size']:
         fail(f'{path} holds the id {highest}, beyond the vocabulary of {meta["vocab_size"]}; {again}')
     return data
 
 
-def header_of(path):
-    """The number of tokens that the header of a shard of llm.c or modded-nanogpt speaks of; 0 where there is none."""
-    header = np.fromfile(path, dtype='<i4', count=HEADER // 4)
-    is_one = len(header) == HEADER // 4 and (header[:2] == (20240520, 1)).all() and not header[3:].any()
-    return int(header[2]) if is_one else 0
+def read_header(path, head, size, meta):
+    """The dtype of the ids in a shard of llm.c or modded-nanogpt, which begins with what `head` begins with."""
+    version, dtype = SHARDS[int.from_bytes(head[:4], 'little')]
+    header, dtype = np.frombuffer(head[:min(len(head), HEADER) // 4 * 4], '<i4'), np.dtype(dtype)
+    if len(header) < HEADER // 4:
+        fail(f'{path} is cut off within its header: copy it again')
+    if header[1] != version:
+        fail(f'{path} is a shard of llm.c of version {header[1]}, and of this kind version {version} is read')
+    if header[2] < 1 or size != HEADER + dtype.itemsize * int(header[2]):
+        fail(f'{path} has {size:,} bytes, its header speaks of {header[2]:,} tokens; it is cut off: copy it again')
+    if dtype.itemsize > 2 and meta is GPT2:
+        fail(f'{path} holds ids of Llama 3, and no meta.json says so; put one beside it: ' + EXAMPLE.format(128256))
+    return dtype
+
+
+def foreign_kind(head):
+    """What a file is that begins like this, in words; '' where that can be ids."""
+    with suppress(UnicodeDecodeError):
+        text = codecs.getincrementaldecoder('utf-8')().decode(head)
+        if len(text) >= 64 and all(char.isprintable() or char.isspace() for char in text):
+            return 'a text'
+    return next((kind for begin, kind in FOREIGN.items() if head.startswith(begin)), '')
 
 
 def read_rows(folder, split, n_tokens):
@@ -356,14 +528,12 @@ def read_rows(folder, split, n_tokens):
     path = folder / f'{split}.rows.npy'
     if not path.is_file():
         return None
-    try:
+    with explained(f'{path} is damaged', 'prepare the dataset again'):
         rows = np.load(path, mmap_mode='r', allow_pickle=False)
         if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 3 or not len(rows):
             raise ValueError(f'it holds {rows.dtype} of shape {rows.shape}')
         if (rows[:, 0] < 0).any() or (np.diff(rows) <= 0).any() or (rows[:, 2] > n_tokens).any():
             raise ValueError(f'a row does not lie in the {n_tokens:,} tokens')
-    except (OSError, ValueError, EOFError) as error:
-        fail(f'{path} is damaged ({error}); prepare the dataset again')
     return rows
 
 

@@ -3,6 +3,9 @@
 import torch
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
+from kit.base.errors import explained
+from kit.learn import model_state
+
 
 def running(model, ema_decay, swa_start):
     """
@@ -38,6 +41,7 @@ def state(average):
 def restore(average, saved):
     """Go on with the average of a checkpoint; where it has none of this kind, begin at its weights."""
     if average is not None:
-        has_one = average.kind in saved
-        average.module.load_state_dict(average.module.fitted(saved[average.kind if has_one else 'model']))
-        average.n_averaged.fill_(saved['n_averaged'] if has_one else 0)
+        key = average.kind if average.kind in saved else 'model'
+        with explained(f'the {key} of the checkpoint does not fit', 'take the weights alone: --init_from=FILE.pt'):
+            model_state.load(average.module, saved[key])
+        average.n_averaged.fill_(saved['n_averaged'] if key == average.kind else 0)

@@ -2,12 +2,15 @@
 
 import copy
 import inspect
+import math
 from collections import OrderedDict, defaultdict
 from contextlib import redirect_stdout, suppress
 
 import torch
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
+
+from kit.learn.model_state import is_finite, kind_of, words
 
 
 def restore(optimizer, state):
@@ -20,6 +23,8 @@ def restore(optimizer, state):
     if type(optimizer).state_dict is not Optimizer.state_dict and not {'state', 'param_groups'} <= state.keys():
         optimizer.load_state_dict(state)
         return
+    if not all(isinstance(group, dict) for group in state['param_groups']):
+        raise ValueError('one of its groups is no dict')
     sizes, here = ([len(group['params']) for group in groups] for groups in (state['param_groups'],
                                                                              optimizer.param_groups))
     if sizes != here:
@@ -38,6 +43,12 @@ def restore(optimizer, state):
             raise ValueError(f'it has nothing of what {type(optimizer).__name__} keeps')
         print(f'the optimizer begins anew for {len(missing)} of {len(params)} parameters: the checkpoint has nothing '
               'of them, as where there was no gradient yet')
+    if type(optimizer).__module__.startswith('torch.optim'):
+        check_kind(state['param_groups'], optimizer)
+        places = [value.untyped_storage().data_ptr() for moments in fitted.values() for value in moments.values()
+                  if is_tensor(value) and value.numel()]
+        if len(set(places)) < len(places):
+            raise ValueError('two of its moments share their memory')
 
     settings = {name for kind in type(optimizer).__mro__ for name in inspect.signature(kind.__init__).parameters}
     settings -= {'params'}
@@ -51,6 +62,14 @@ def restore(optimizer, state):
             if isinstance(saved, list | tuple | dict | str) or is_tensor(saved) and value.dtype != saved.dtype == (
                     getattr(known.get(name, saved), 'dtype', None)):
                 loaded[name] = tree_map_only(torch.Tensor, lambda tensor, p=p: tensor.to(p.device, copy=True), saved)
+
+
+def check_kind(saved, optimizer):
+    """Say where the saved groups have other settings: several optimizers keep moments of the same names and shapes."""
+    differ = {name for one, other in zip(saved, optimizer.param_groups) for name in one.keys() ^ other.keys()}
+    if differ - {'param_names'}:
+        print(f'the state of the optimizer was saved by another than {type(optimizer).__name__}, or by that of another '
+              f'version of torch: one of the two has no {", ".join(sorted(map(str, differ)))}')
 
 
 def try_out(optimizer, params):
@@ -104,6 +123,10 @@ def fit(index, moments, param, made, kind):
             continue
         if shape_of(value) != shape_of(expected) or is_tensor(value) and kind_of(value) != kind_of(expected):
             raise ValueError(f'{name} of parameter {index} is {words(value)}, and must be {words(expected)}')
+        # what a tensor holds has been looked at, unless it is cut off here
+        if is_tensor(value) and value.dtype != expected.dtype and not is_finite(value.to(expected.dtype)) or (
+                isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f'{name} of parameter {index} holds numbers that are not finite')
         if expected.shape == param.shape and is_tensor(value) and value.stride() != param.stride():
             # kernels take the numbers as they lie in memory
             fitted[name] = torch.empty_strided(param.shape, param.stride(), dtype=value.dtype).copy_(value)
@@ -119,14 +142,3 @@ def shape_of(value):
     if is_tensor(value):
         return tuple(value.shape)
     return () if isinstance(value, int | float) else None
-
-
-def kind_of(tensor):
-    return tensor.is_floating_point(), tensor.is_complex()
-
-
-def words(value):
-    """'float32 of shape (2, 3)', or the type of what is no tensor."""
-    if is_tensor(value):
-        return f'{str(value.dtype).removeprefix("torch.")} of shape {tuple(value.shape)}'
-    return f'of type {type(value).__name__}'

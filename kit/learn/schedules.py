@@ -21,7 +21,7 @@ and wsd reach at lr_decay_iters, or max_iters; steps count from the end of the w
 import math
 from functools import cache
 
-from kit.base.errors import fail
+from kit.base.errors import fail, shown
 from kit.base.overrides import check as check_rules
 from kit.base.overrides import given, nearest
 from kit.watch.diagnosis import without_progress
@@ -117,11 +117,11 @@ def parse(text):
     """'multistep:2000,3000:0.5' -> ('multistep', ((2000, 3000), 0.5)); one line where it is no schedule."""
     name, *words = text.split(':')
     if name not in NUMBERS:
-        fail(f'lr_schedule = {text!r}: there is no such schedule{nearest(name, NUMBERS)}; there are '
+        fail(f'lr_schedule = {shown(text)}: there is no such schedule{nearest(name, NUMBERS)}; there are '
              f'{", ".join(NUMBERS)}')
     if len(words) > len(NUMBERS[name]):
-        fail(f'lr_schedule = {text!r}: {name} takes {len(NUMBERS[name]) or "no"} numbers, as in --lr_schedule={name}'
-             + ''.join(f':{number}' for number in NUMBERS[name]))
+        fail(f'lr_schedule = {shown(text)}: {name} takes {len(NUMBERS[name]) or "no"} numbers, as in '
+             f'--lr_schedule={name}' + ''.join(f':{number}' for number in NUMBERS[name]))
     return name, tuple(parse_number(text, words[i], default) if i < len(words) else default
                        for i, default in enumerate(NUMBERS[name]))
 
@@ -140,7 +140,7 @@ def parse_number(text, word, default):
     is_one = isinstance(default, tuple) or len(numbers) == 1
     if not numbers or not is_one or sorted(set(numbers)) != numbers or numbers[0] <= 0 or kind is float and (
             not numbers[0] <= 1):
-        fail(f'lr_schedule = {text!r}: {word!r} is not what it takes there: {needed}')
+        fail(f'lr_schedule = {shown(text)}: {shown(word)} is not what it takes there: {needed}')
     return tuple(numbers) if isinstance(default, tuple) else numbers[0]
 
 
@@ -151,7 +151,7 @@ def check(s):
     if name == 'multistep' and not numbers[0]:
         fail('lr_schedule = multistep: it needs the steps of its cuts, as in --lr_schedule=multistep:2000,3000')
     if name == 'multistep' and numbers[0][0] < warmup:
-        fail(f'lr_schedule = {s["lr_schedule"]!r}: its first cut is at step {numbers[0][0]}, before the warmup of '
+        fail(f'lr_schedule = {shown(s["lr_schedule"])}: its first cut is at step {numbers[0][0]}, before the warmup of '
              f'{warmup} steps is over')
     return warmup
 
@@ -162,8 +162,11 @@ def steps(s, steps_per_epoch, is_run=True):
         fail('max_iters, max_epochs: one of them says when to end; --max_epochs=0 leaves it to max_iters')
     if not is_run:
         return s['max_iters']
-    n = max(1, math.ceil(s['max_epochs'] * steps_per_epoch))
-    print(f'max_iters: {n} ({s["max_epochs"]:g} epochs)')
+    epochs = s['max_epochs']
+    if not epochs * steps_per_epoch < 2**63:
+        fail(f'max_epochs = {epochs}: no run makes so many steps; take fewer, such as --max_epochs=1')
+    n = max(1, math.ceil(epochs * steps_per_epoch))
+    print(f'max_iters: {n} ({epochs:g} epochs)')
     if s['swa_start'] >= n:
         fail(f'swa_start = {s["swa_start"]}: the run has {n} steps, and the average would never begin')
     return n

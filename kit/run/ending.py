@@ -1,12 +1,17 @@
 """The end of a run: why it ends, what came of it, what is worth typing next."""
 
+import math
+import os
 import shlex
 from pathlib import Path
 
 from kit.base import ranks, signals
+from kit.base.errors import reason
 from kit.run.due import BAD_STEPS
 from kit.state import checkpoints
 from kit.watch import diagnosis, samples
+
+AVERAGED = 5  # checkpoints that checkpoint_averaging.py takes where it is not told how many
 
 
 def finish(due, s, model, data, meta, history, device, dtype):
@@ -24,9 +29,13 @@ def finish(due, s, model, data, meta, history, device, dtype):
     signals.obey()
     show_why(due, out_dir, model)
     if ranks.is_main:
-        samples.show(model, data, meta, device, dtype)
+        try:
+            samples.show(model, data, meta, device, dtype)
+        except Exception as error:  # the verdict is worth more, and a model that went astray may not write
+            print(f'no sample: {reason(error)}')
         print('\n'.join(diagnosis.verdict(history)))
-        show_next_commands(out_dir, model.config.causal)
+        is_sound = all(map(math.isfinite, history.get('val/loss', 1)[1]))
+        show_next_commands(out_dir, model.config.causal, is_sound)
     return 0 if due.is_saved else 1  # 1: the last state could not be saved
 
 
@@ -62,14 +71,20 @@ def show_how_to_go_on(signal, step, out_dir):
         print(f'{signal}: stopped after {step} steps; there is nothing to go on from yet')
 
 
-def show_next_commands(out_dir, can_write):
-    """What is worth typing after a run."""
+def show_next_commands(out_dir, can_write, is_sound):
+    """What is worth typing after a run, and works. is_sound: whether its last state has a loss."""
     name = shlex.quote(out_dir)
     where, run, average = ('', '', '') if out_dir == 'checkpoints' else (
         f' --out_dir={name}', f' {name}', f' --checkpoint_dir={name}')
+    has_best, has_last = (os.path.isfile(Path(out_dir) / name) for name in ('best.pt', 'ckpt.pt'))
+    can_be_used = has_best or has_last and is_sound
+    kept = {checkpoints.peek(path).get('iter_num') for path in checkpoints.candidates(out_dir)} - {None}
     print('next:')
-    if can_write:
+    if can_write and can_be_used:
         print(f'  python sample.py{where} --num_samples=3      more of its writing, after a --start of yours')
     print(f'  python plot_loss.py{run}      the loss curve as a picture')
-    print(f'  python train.py --test{where}      loss, perplexity and accuracy on the test split')
-    print(f'  python checkpoint_averaging.py{average}      the last checkpoints as one, which may be better than any')
+    if can_be_used:
+        print(f'  python train.py --test{where}      loss, perplexity and accuracy on the test split')
+    if len(kept) >= AVERAGED and is_sound:
+        print(f'  python checkpoint_averaging.py{average}      the last checkpoints as one, which may be better than '
+              'any')

@@ -9,15 +9,17 @@ than three times the rate at which the floor begins.
 """
 
 import csv
+import io
 import math
 from pathlib import Path
 
 import numpy as np
 
-from kit.base import ranks
-from kit.base.errors import fail
+from kit.base import files, ranks
+from kit.base.errors import fail, reason
 
 STEPS = 200  # from start to end; with 100 and 400 the suggested rates differ by less than a third
+LOWEST, HIGHEST = 1e-20, 1e20  # rates that are tried, whatever is asked for
 WIDTH = 0.05  # of all steps: the standard deviation of the smoothing, wide since the floor is flat
 DIVERGED = 0.5  # nats a token above the lowest, of the losses smoothed as they come
 MEMORY = 0.9  # of that smoothing
@@ -57,6 +59,9 @@ def run(update, step, bad_steps, start, end, out_dir):
     Make steps with rates from start to end, or to where the loss diverges, and report. update: of train.py; step: the
     first; bad_steps: a gradients.BadSteps, whose loss counts as none.
     """
+    if not LOWEST <= start < end <= HIGHEST:
+        fail(f'find_lr_start = {start:g}, find_lr_end = {end:g}: nothing is learned at such rates; {LOWEST:g} to '
+             f'{HIGHEST:g} can be tried')
     test, is_over = RangeTest(start, end), False
     while not is_over:
         figures, _ = update(step, test.rate())
@@ -105,22 +110,23 @@ def suggestion(test):
 
 
 def report(test, out_dir):
-    """Write lr_finder.csv and lr_finder.png into out_dir, and print what the test says."""
+    """Print what the test says, and write lr_finder.csv and lr_finder.png into out_dir."""
     from kit.watch import pictures
     rate, words = suggestion(test)
     curve = smoothed(test.losses, WIDTH * test.steps)
-    path = Path(out_dir) / 'lr_finder.csv'
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, 'w', newline='', encoding='utf-8') as file:
-            table = csv.writer(file)
-            table.writerow(['step', 'learning_rate', 'loss', 'smoothed_loss'])
-            table.writerows(zip(range(len(curve)), test.rates, test.losses, curve))
-        pictures.lr_finder(test.rates, test.losses, curve, rate, path.with_suffix('.png'))
-    except OSError as error:
-        fail(f'{path}: the curve cannot be written ({error.strerror}); --out_dir=FOLDER takes another')
     print(f'{len(test.losses)} steps, rates from {test.rates[0]:.1e} to {test.rates[-1]:.1e}: {words}')
-    print(f'the curve: {path}, {path.with_suffix(".png")}')
     print(f'suggested: {rate:.1e} (--learning_rate={rate:.1e} --min_lr={rate / 10:.1e})' if rate else 'no suggestion')
     if rate:
         print(LIMITS)
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(['step', 'learning_rate', 'loss', 'smoothed_loss'])
+    table.writerows(zip(range(len(curve)), test.rates, test.losses, curve))
+    path, picture = (Path(out_dir) / f'lr_finder.{end}' for end in ('csv', 'png'))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, text.getvalue())
+        pictures.lr_finder(test.rates, test.losses, curve, rate, picture)
+    except OSError as error:
+        fail(f'{path}, {picture}: the curve cannot be written ({reason(error)}); --out_dir=FOLDER takes another')
+    print(f'the curve: {path}, {picture}')

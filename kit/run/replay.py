@@ -27,12 +27,14 @@ def run(update, get_lr, s, state, past, model, data, meta, device, dtype):
     """
     last, rows_per_step = s['inspect_step'], s['batch_size'] * s['gradient_accumulation_steps']
     for step in range(state.step, last + 1):
-        state.rewinds = max(state.rewinds, int(past.at('rewinds', step)))  # so often the run had gone back by then
+        rewinds, lr = past.at('rewinds', step), past.exactly('lr', step, get_lr(step))
+        if 0 <= rewinds <= step:  # a log may be damaged
+            state.rewinds = max(state.rewinds, int(rewinds))  # so often the run had gone back by then
         if step == last:
             rows, noise, _ = data.of_step(rows_per_step, s['seed'], step, s['sampling'], state.rewinds)
             show_rows(model, data, rows, noise, meta, s['batch_size'], device, dtype)
             weights = gradients.sample(model)
-        figures, norms = update(step, past.exactly('lr', step, get_lr(step)))  # as it was, whatever had made it so
+        figures, norms = update(step, lr if math.isfinite(lr) else get_lr(step))  # as it was, whatever had made it so
     plain = {name: float(figures[name]) for name in ('loss', 'grad_norm', 'lr')}
     show_step(past, last, plain | gradients.by_layer(model, norms, weights))
 
@@ -52,6 +54,9 @@ def find_past(out_dir, step):
         settings = checkpoints.peek(kept[min(after)])['config'] if after else runlogs.read_config(out_dir)['settings']
         if made < 0 or not settings:
             overrides.fail(f'{out_dir} holds no run; --out_dir=FOLDER names one')
+        if not all(isinstance(settings.get(name, ''), str) for name in ('init_from', 'weights')):
+            overrides.fail(f'{out_dir}: init_from or weights of this run is no text, so nobody knows how it began; '
+                           'config.json there is damaged')
         if step >= made:
             overrides.fail(f'inspect_step = {step}: the run in {out_dir} has made the steps 0 to {made - 1}')
         return settings, history

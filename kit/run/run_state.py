@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from kit.base.errors import fail
+from kit.base.errors import explained, shown
 from kit.learn import gradients
 
 NAMES = {'step': 'iter_num'}  # in a checkpoint, as nanoGPT has it; the others are called there as they are here
 # what a run that goes back over bad steps does not take back: its best lies on the disk, and it must not go back again
-KEPT = 'best_val_loss', 'bad_steps', 'rewinds', 'fitted_minutes'
+KEPT = 'best_val_loss', 'bad_steps', 'rewinds', 'fitted_minutes', 'other_text_since'
 
 
 def no_norms():
@@ -56,16 +56,16 @@ class RunState:
             key, old = NAMES.get(name, name), getattr(self, name)
             if key not in saved or name in but:
                 continue
-            try:
+            with explained(f'the checkpoint has {key} = {shown(saved[key])}, and no run goes on from that',
+                           'take the weights alone: --init_from=FILE.pt'):
                 setattr(self, name, like(old, saved[key]))
-            except (TypeError, ValueError, OverflowError, RuntimeError):
-                fail(f'the checkpoint has {key} = {saved[key]!r}, and no run goes on from that; take the weights '
-                     'alone: --init_from=FILE.pt')
         self.loaded_at = self.step
 
 
 def like(old, value):
-    """A plain value as what old is."""
+    """A plain value as what old is. Raises whatever torch does, and TypeError, where it is something else."""
     if isinstance(old, torch.Tensor):
-        return torch.tensor(value, dtype=old.dtype, device=old.device)
+        return torch.tensor(value, dtype=old.dtype, device=old.device).reshape(old.shape)
+    if not isinstance(value, type(old) | int if isinstance(old, float) else type(old)):
+        raise TypeError(f'it is of type {type(value).__name__}, and must be of type {type(old).__name__}')
     return type(old)(value)

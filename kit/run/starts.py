@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields
 
-from kit.base import overrides, ranks
+from kit.base import files, overrides, ranks
 from kit.data import tokens
 from kit.learn import averages, optimizers
 from kit.run import earlier, replay
@@ -80,7 +80,7 @@ def shaping(config, GPTConfig):
 
 def find_tested(config, GPTConfig):
     """find, where checkpoints are measured: the dataset and sizes of the first are taken over."""
-    paths = [path for path in config['checkpoint'].split(',') if path] or [str(checkpoints.best(config['out_dir']))]
+    paths = files.paths(config['checkpoint']) or [str(checkpoints.best(config['out_dir']))]
     tested = {path: checkpoints.load(path) for path in paths}
     for path, saved in tested.items():
         checkpoints.config_of(saved, GPTConfig, path)
@@ -193,6 +193,7 @@ def go_back(out_dir, state, model, optimizer, scaler, average, journal):
         checkpoints.restore(saved, model, optimizer, scaler)
         averages.restore(average, saved)
         state.take(saved, but=KEPT)
+        state.other_text_since = min(state.other_text_since, state.step)
         if ranks.is_main:
             checkpoints.move_later_aside(out_dir, state.step)
     else:

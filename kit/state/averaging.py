@@ -8,22 +8,28 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from kit.base.errors import fail
+from kit.learn.model_state import is_finite
 from kit.state import checkpoints
 
 
 def different_steps(folder, pattern):
     """
-    {step: (path, checkpoint)} of the training checkpoints in the folder of a run, by the step inside, the highest
-    first, their tensors still on the disk. Averages, steps that come again and steps beyond ckpt.pt are left out, and
-    it says so. A file that is no whole checkpoint ends the script.
+    {step: (path, checkpoint, sums)} of the training checkpoints in the folder of a run, by the step inside, the highest
+    first, as checkpoints.open_lazily gives them: from here on a run may delete them. Averages, steps that come again,
+    steps beyond ckpt.pt and what is deleted meanwhile are left out, and it says so. A file that is no whole checkpoint
+    ends the script.
     """
-    last = checkpoints.peek(folder / 'ckpt.pt').get('iter_num', math.inf)  # where the run stands
-    paths, found = [folder / name for name in glob.glob(pattern, root_dir=folder)], {}
+    paths, opened, found = [folder / name for name in glob.glob(pattern, root_dir=folder)], {}, {}
+    paths = [path for path in paths if not path.is_dir()]
     for path in sorted(paths, key=lambda path: (not path.name.startswith('step_'), path.name)):
         try:
-            checkpoint, _ = checkpoints.open_lazily(path)
+            opened[path] = checkpoints.open_lazily(path)
+        except checkpoints.Gone:
+            print(f'left out: {path.name} is gone: a run has deleted it')
         except checkpoints.Damaged as error:
             fail(f'{error}; leave it out, with --pattern="step_*.pt" or by moving it elsewhere')
+    last = checkpoints.peek(folder / 'ckpt.pt').get('iter_num', math.inf)  # where the run stands, perhaps by now
+    for path, (checkpoint, sums) in opened.items():
         step = checkpoint['iter_num']
         if 'averaged' in checkpoint:
             print(f'left out: {path.name} is an average')
@@ -32,33 +38,33 @@ def different_steps(folder, pattern):
         elif step in found:
             print(f'left out: {path.name} is step {step} again, as {found[step][0].name}')
         else:
-            found[step] = path, checkpoint
+            found[step] = path, checkpoint, sums
     return dict(sorted(found.items(), reverse=True))
 
 
-def mean(paths, shares, parameters=None):
+def mean(opened, shares, parameters=None):
     """
-    The weighted mean of the raw weights of checkpoints, {name: tensor}; the shares add up to 1. Each file is read
-    once, a piece at a time, summed in float64 and compared with its checksums on the way: the memory taken is that of
-    the result, however many there are. Raises checkpoints.Damaged, and ValueError where one of the parameters (names;
-    None: all) is not finite; a buffer, such as a mask, may be infinite.
+    The weighted mean of the raw weights of checkpoints, {name: tensor}; the shares add up to 1. opened: (path,
+    checkpoint, sums) of each, as different_steps gives them. Each file is read once, a piece at a time, summed in
+    float64 and compared with its checksums on the way: the memory taken is that of the result, however many there are.
+    Raises checkpoints.Damaged, and ValueError where one of the parameters (names; None: all) is not finite; a buffer,
+    such as a mask, may be infinite.
     """
-    opened = [checkpoints.open_lazily(path) for path in paths]
     result, by_place, checks = {}, {}, []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib computes without Python's lock, beside the sums
-        for name in opened[0][0]['model']:
-            tensors = [checkpoint['model'][name] for checkpoint, _ in opened]
+        for name in opened[0][1]['model']:
+            tensors = [checkpoint['model'][name] for _, checkpoint, _ in opened]
             place = tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors)
             if place not in by_place:  # the output layer is the token embedding: one tensor under two names
                 checks += [pool.submit(checkpoints.check_tensor, path, tensor, sums)
-                           for path, tensor, (_, sums) in zip(paths, tensors, opened)]
+                           for tensor, (path, _, sums) in zip(tensors, opened)]
                 by_place[place] = weighted_sum(tensors, shares)
             result[name] = by_place[place]
         for check in checks:
             check.result()
     for name in parameters or result:
-        if not checkpoints.is_finite(result[name]):
-            bad = [path for path, (one, _) in zip(paths, opened) if not checkpoints.is_finite(one['model'][name])]
+        if not is_finite(result[name]):
+            bad = [path for path, one, _ in opened if not is_finite(one['model'][name])]
             raise ValueError(f'{bad[0] if bad else "the mean"}: {name} holds numbers that are not finite')
     return result
 

@@ -24,19 +24,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit.base import ranks
+from kit.base import errors, files, ranks
 from kit.base.errors import fail
-from kit.data.tokens import check_meta, is_same_tokenizer
-from kit.learn import optimizer_state
-from kit.state import folders
+from kit.data.tokens import is_same_tokenizer
+from kit.learn import model_state, optimizer_state
+from kit.learn.model_state import is_finite as is_finite  # for readers of other formats
+from kit.state import folders, forms
 
 
 class Damaged(Exception):
-    """A file that will not do as a checkpoint, other bytes than were written or none of ours: which, and why."""
+    """A file that will not do as a checkpoint, other bytes than were written, none of ours, or gone: which, and why."""
 
 
-class Foreign(Damaged):
-    """An archive that torch.save has not written."""
+class Gone(Damaged):
+    """A file that was there a moment ago: a run deletes what is past its keep_last."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,8 +49,9 @@ def save(checkpoint, folder, names, stop_on_error=False, parameters=None):
     Write a checkpoint once and give it each of the names, in their order (e.g. step_0000500.pt, best.pt, ckpt.pt: what
     a resume takes comes last, when all the others are there). It is written beside, synced to the disk, its checksums
     are checked, then it is renamed: a name always holds a whole file, the old one or the new one, whenever the power
-    goes. A best.pt that is better, or whose loss is a number where the new one is none, stays. parameters: names of
-    the weights, which must be finite, None for all; a buffer, such as a mask, may be infinite.
+    goes. A best.pt that is better, or whose loss is a number where the new one is none, stays. Weights, averages and
+    moments must be finite; of the model that holds for its parameters, by their names (None: all its tensors), while a
+    buffer, such as a mask, may be infinite. The names are saved too, so that a reader can see the same.
 
     Returns whether it was saved. Where it could not be, the older checkpoints are untouched, and one line says why:
     a run is worth more than one checkpoint. With stop_on_error it ends the script.
@@ -60,14 +62,15 @@ def save(checkpoint, folder, names, stop_on_error=False, parameters=None):
     if 'best.pt' in names and not (math.isfinite(loss) and loss <= best_val_loss(folder)):
         names = [name for name in names if name != 'best.pt']
         print(f'{folder / "best.pt"} stays: it is better')
+    checkpoint = checkpoint | {'parameters': list(parameters or checkpoint['model'])}
     try:
-        if bad := [name for name in parameters or checkpoint['model'] if not is_finite(checkpoint['model'][name])]:
-            raise OSError(f'{bad[0]} holds numbers that are not finite')
+        if bad := forms.bad_numbers(checkpoint):
+            raise OSError(f'{bad} holds numbers that are not finite')
         if not folder.exists():
             print(f'WARNING: {folder} is gone; it is made again')
             folder.mkdir(parents=True)
         part.unlink(missing_ok=True)  # left by a kill it can be the same file as ckpt.pt: never write into it
-        with open(part, 'wb') as file:
+        with files.open_own(part, 'xb') as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
@@ -218,22 +221,23 @@ def best(folder):
 
 
 def best_val_loss(folder):
-    """That of best.pt; inf where there is none, or a damaged one."""
+    """That of best.pt; inf where there is none, or one that will not do."""
+    path = Path(folder) / 'best.pt'
     try:
-        verify(Path(folder) / 'best.pt')
-        loss = float(peek(Path(folder) / 'best.pt')['best_val_loss'])
-    except (Damaged, FileNotFoundError, KeyError, TypeError, ValueError):
-        return math.inf
-    except (OSError, MemoryError):  # it cannot be judged now, and so it stays
-        return -math.inf
-    return math.inf if math.isnan(loss) else loss
+        verify(path)
+        best = open_unverified(path)
+        return math.inf if forms.bad_numbers(best, resume=False) else best.get('best_val_loss', math.inf)
+    except Exception as error:  # torch raises many kinds
+        is_there = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        return -math.inf if is_there or is_no_damage(error) else math.inf  # it cannot be judged now, and so it stays
 
 
 def peek(path):
     """A checkpoint with its tensors still on the disk and not verified; {} where it cannot be read."""
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        return checkpoint if isinstance(checkpoint['iter_num'], int) else {}
+        with zipfile.ZipFile(path) as archive:
+            forms.check_archive(archive)
+        return open_unverified(path)
     except Exception:  # torch raises many kinds
         return {}
 
@@ -244,15 +248,15 @@ def peek(path):
 
 def load(path, resume=False):
     """
-    A checkpoint of this project or of nanoGPT, on the CPU, its model's names without the prefix that torch.compile has
-    left there. Every byte is verified; nothing in the file is run. resume: it must hold the state of the training too,
-    and is read into memory; else its tensors stay on the disk until they are used. Whether its model is the one that
-    model.py makes is seen in config_of and fill.
+    A checkpoint of this project or of nanoGPT, on the CPU, its model's names without the prefixes that torch.compile
+    and DDP have left there. Every byte is verified; nothing in the file is run. resume: it must hold the state of the
+    training too, and is read into memory; else its tensors stay on the disk until they are used. Whether its model is
+    the one that model.py makes is seen in config_of and fill.
     """
-    if not Path(path).exists():
-        fail(f'{path}: there is no such checkpoint')
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         fail(f'{path} is a folder and no checkpoint; name a file in it, such as {Path(path) / "best.pt"}')
+    if not os.path.isfile(path):
+        fail(f'{path}: there is no such checkpoint')
     try:
         return read(path, resume)
     except Damaged as error:
@@ -261,38 +265,60 @@ def load(path, resume=False):
 
 def read(path, resume=False):
     """load, raising Damaged."""
-    try:
+    def look():
         verify(path)
-        return open_unverified(path, resume)
-    except Exception as error:  # torch raises many kinds here, and each means that this file will not do
-        raise damaged(path, error) from None
+        checkpoint = open_unverified(path, resume)
+        if bad := forms.bad_numbers(checkpoint, resume):
+            raise forms.Unfit(f'holds numbers that are not finite: {bad}')
+        return checkpoint
+    return from_one_file(path, look)
+
+
+def from_one_file(path, look):
+    """
+    What look() makes of a file, and once more where a run has put another in its place meanwhile: torch opens a file
+    several times. Raises Damaged.
+    """
+    while True:
+        failure = None
+        try:
+            with open(path, 'rb') as file:
+                try:
+                    found = look()
+                except Exception as error:  # torch raises many kinds, and each means that this file will not do
+                    failure = error
+                is_the_same = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        except OSError as error:
+            failure, is_the_same = error, True
+        if is_the_same and failure:
+            raise damaged(path, failure) from None
+        if is_the_same:
+            return found
 
 
 def damaged(path, error):
     """The Damaged that an error in reading stands for; one that is no fault of the file's ends the script."""
-    reason = f'{type(error).__name__}: {" ".join(str(error).split())[:80]}'
+    reason = errors.reason(error)
+    if isinstance(error, FileNotFoundError):
+        return Gone(f'{path} is gone')
     if is_no_damage(error):
         fail(f'{path} cannot be read: {reason}')
-    if isinstance(error, Damaged) and not isinstance(error, Foreign):
+    if isinstance(error, Damaged):
         return Damaged(f'{path} is damaged ({error})')
+    if isinstance(error, pickle.UnpicklingError):
+        error = forms.asks_for_code(error)
+    elif isinstance(error, RecursionError):
+        error = forms.foreign('it is nested too deeply')
+    if isinstance(error, forms.Unfit):
+        return Damaged(f'{path} {error}')
     if isinstance(error, RuntimeError | zipfile.BadZipFile | EOFError | OSError):  # in the archive itself
         return Damaged(f'{path} is damaged ({reason})')
-    if isinstance(error, pickle.UnpicklingError):
-        reason = 'it asks for code, and that is never run'
-    elif isinstance(error, Foreign):
-        reason = error
-    return Damaged(f'{path} is no checkpoint of flatGPT or nanoGPT ({reason})')
+    return Damaged(f'{path} {forms.foreign(reason)}')
 
 
 def open_unverified(path, resume=False):
-    """The checkpoint, raising whatever torch raises."""
-    checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=not resume)
-    checkpoint['iter_num'] = int(checkpoint['iter_num'])
-    for key in ('model', 'ema', 'swa'):
-        if key in checkpoint:
-            checkpoint[key] = {name.removeprefix('_orig_mod.'): value for name, value in checkpoint[key].items()}
-    check_form(checkpoint, resume)
-    return checkpoint
+    """The checkpoint, raising whatever torch and forms raise."""
+    return forms.checked(torch.load(path, map_location='cpu', weights_only=True, mmap=not resume), resume)
 
 
 def is_no_damage(error):
@@ -304,15 +330,13 @@ def is_no_damage(error):
 
 def verify(path):
     """Read every entry of an archive and compare it with its checksum. Raises Damaged."""
-    with open(path, 'rb') as file:
-        if not zipfile.is_zipfile(file):  # as everything that torch.save writes; other pickles are not even opened
-            raise Damaged('no archive of torch.save: it was cut off, or is no checkpoint at all')
+    check_is_archive(path)
     threads = min(8, os.cpu_count() or 1)
 
     def check(first):  # zlib computes without Python's lock, so that the threads work side by side
         with zipfile.ZipFile(path) as archive:
+            forms.check_archive(archive)
             for info in archive.infolist()[first::threads]:
-                check_entry(info)
                 with archive.open(info) as entry:
                     while entry.read(1 << 22):
                         pass
@@ -320,33 +344,35 @@ def verify(path):
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(check, range(threads)))
     except Exception as error:  # a broken archive raises many kinds
-        if is_no_damage(error) or isinstance(error, Foreign):
+        if is_no_damage(error) or isinstance(error, forms.Unfit):
             raise
         raise Damaged(f'other bytes than were written: {" ".join(str(error).split())[:80]}') from None
 
 
-def check_entry(info):
-    """What zipfile passes over and torch does not: an entry marked as a folder is read as zeros."""
-    if info.is_dir() or info.external_attr & 0x10 or info.file_size != info.compress_size:
-        raise Foreign(f'torch.save writes no entry like {info.filename}')
+def check_is_archive(path):
+    """As everything that torch.save writes; other pickles are not even opened. Raises Damaged, or Unfit by its name."""
+    with open(path, 'rb') as file:
+        if not zipfile.is_zipfile(file):
+            forms.check_bytes(path)
+            raise Damaged('no archive of torch.save: it was cut off, or is no checkpoint at all')
 
 
 def open_lazily(path):
     """
     (checkpoint, sums) with the tensors still on the disk and not verified: check_tensor does that with the sums, once
-    they are used. All else in the file is verified. Raises Damaged.
+    they are used. All else in the file is verified. It stays open, and so whole, when a run deletes it. Raises Damaged.
     """
-    try:
+    def look():
+        check_is_archive(path)
         with zipfile.ZipFile(path) as archive:
+            forms.check_archive(archive)
             for info in archive.infolist():
-                check_entry(info)
                 with archive.open(info) as entry:  # compares the header of an entry with the directory
                     if '/data/' not in info.filename:
                         entry.read()
             sums = {(info.file_size, info.CRC) for info in archive.infolist()}
         return open_unverified(path), sums
-    except Exception as error:
-        raise damaged(path, error) from None
+    return from_one_file(path, look)
 
 
 def check_tensor(path, tensor, sums):
@@ -354,27 +380,6 @@ def check_tensor(path, tensor, sums):
     stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     if (len(stored), zlib.crc32(stored.numpy())) not in sums:
         raise Damaged(f'{path} is damaged (a tensor has other bytes than were written)')
-
-
-def check_form(checkpoint, resume):
-    """Raise KeyError, TypeError or ValueError where a checkpoint lacks what the scripts take from it."""
-    dict(checkpoint['model_args'])
-    for name, value in checkpoint['model'].items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f'{name} is no tensor')
-    if checkpoint['iter_num'] < 0:
-        raise ValueError(f'its iter_num is {checkpoint["iter_num"]}')
-    if resume:
-        float(checkpoint['best_val_loss'])
-        dict(checkpoint['optimizer'])
-        if checkpoint.get('rewinds', 0) < 0 or len(checkpoint.get('bad_steps', [0, 0])) != 2:
-            raise ValueError('its count of bad steps is none')
-        for name in 'val_losses', 'recent_norms':
-            if not all(isinstance(number, float) for number in checkpoint.get(name, [])):
-                raise ValueError(f'its {name} are no numbers')
-    dict(checkpoint.get('config', {}))
-    if 'meta' in checkpoint:
-        check_meta(checkpoint['meta'])
 
 
 def average_in(checkpoint):
@@ -408,13 +413,6 @@ def first_difference(a, b, free=()):
     return ''
 
 
-def is_finite(tensor):
-    """Whether all numbers are, without a copy of the tensor: NaN is both the lowest and the highest."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return not tensor.is_floating_point() or not tensor.numel() or all(map(math.isfinite, tensor.aminmax()))
-
-
 def config_of(saved, GPTConfig, path):
     """
     The GPTConfig of a checkpoint. Fields that its model_args lack have their defaults, and from here on they have all.
@@ -424,6 +422,11 @@ def config_of(saved, GPTConfig, path):
         config = GPTConfig(**saved['model_args'])
     except (TypeError, ValueError) as error:
         fail_of_another_model(path, str(error).replace('GPTConfig.__init__()', 'GPTConfig'))
+    there = sum(min(tensor.numel(), tensor.untyped_storage().nbytes()) for tensor in saved['model'].values())
+    most = {'n_layer': there, 'vocab_size': there, 'n_embd': math.isqrt(there), 'n_head': there, 'block_size': 2**31}
+    for name in most:  # such a model would be made for ever, or not at all
+        if not 1 <= (value := getattr(config, name, 1)) <= most[name] or type(value) is bool:
+            fail_of_another_model(path, f'{name} is {errors.shown(value)}, and it has {there:,} numbers in all')
     saved['model_args'] = asdict(config)
     return config
 
@@ -431,10 +434,10 @@ def config_of(saved, GPTConfig, path):
 def fill(model, state, path='the checkpoint'):
     """Load weights into a model, which judges them: where they do not fit, the script ends with its words."""
     try:
-        model.load_state_dict(model.fitted(state))
+        model_state.load(model, state)
     except ValueError as error:
-        fail(error)
-    except RuntimeError as error:
+        fail(f'{path}: {error}')
+    except (RuntimeError, TypeError) as error:
         lines = str(error).splitlines()
         fail_of_another_model(path, textwrap.shorten(' '.join(lines[1:] or lines), 300))
 
@@ -449,11 +452,8 @@ def restore(saved, model, optimizer, scaler):
     for what, load in ('optimizer', lambda: optimizer_state.restore(optimizer, saved['optimizer'])), (
             'scaler', lambda: restore_scaler(scaler, saved.get('scaler'))), (
             'random number generators', lambda: restore_random_states(saved.get('random_states'))):
-        try:
+        with errors.explained(f'the state of the {what} does not fit', 'take the weights alone: --init_from=FILE.pt'):
             load()
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
-            fail(f'the state of the {what} does not fit ({type(error).__name__}: {error}); take the weights alone: '
-                 '--init_from=FILE.pt')
     fill(model, saved['model'])  # again: one step of the optimizer is tried out, and one of your own may hold them
 
 

@@ -7,7 +7,8 @@ import os
 
 import numpy as np
 
-from kit.sweeps.trials import label, new_run, write
+from kit.base.files import write_whole
+from kit.sweeps.trials import label, new_run
 from kit.watch import curves, pictures, runlogs
 from kit.watch.diagnosis import History
 
@@ -75,6 +76,10 @@ def write_tables(sweep, folder, results):
           f'Method {sweep.method}; {counts}; {steps:,} steps in all. A figure is the {sweep.extreme} {sweep.metric} of '
           f'a run, its mean over n seeds and their standard deviation; pruned set-ups come behind those that were '
           f'finished, and those that diverged with some seed behind these.\n\n{markdown(sweep, results)}')
+
+
+def write(path, text):
+    write_whole(path, text.encode('utf-8', 'backslashreplace'))  # names of folders need not be UTF-8
 
 
 def draw(sweep, folder, results):

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kit.base import overrides
+from kit.base import files, overrides
+from kit.base.errors import explained, reason, shown
 from kit.learn import schedules
 from kit.state import folders
 from kit.watch import curves, runlogs
@@ -40,6 +41,11 @@ RESERVED = {'out_dir': 'the runs get folders in that of the sweep, which is --ou
             'seed': 'a sweep has seeds = 3, or seeds = [1, 2]'}
 TRAINS_NOT = 'dry_run', 'eval_only', 'test', 'checkpoint', 'inspect_step', 'find_lr'  # launches that do not train
 SEED = 1337  # of what random and bayes draw
+MOST = 100_000  # runs of a sweep, or corners of one
+FIGURE = int | float | None
+RESULT = {'number': int, 'point': dict, 'seed': int, 'status': str, 'best': FIGURE, 'at_step': FIGURE,
+          'val/loss': FIGURE, 'train/loss': FIGURE, 'seconds': FIGURE, 'memory_gib': FIGURE, 'steps': int,
+          'parameters': FIGURE, 'tokens_per_second': FIGURE, 'sample': str, 'error': str}  # what result.json holds
 # run by the child before train.py: the system tells it to stop when the sweep's process is gone, however that ended
 TIED = ('import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n'
         'if os.getppid() == int(sys.argv[1]): os.execv(sys.executable, [sys.executable, *sys.argv[2:]])')
@@ -142,14 +148,14 @@ def read(word, given, script):
     own = {name: namespace[name] for name in OWN} | given
     for name, value in own.items():
         if not isinstance(value, (int, list) if name == 'seeds' else type(OWN[name])) or isinstance(value, bool):
-            overrides.fail(f'{word}: {name} = {value!r} does not fit, {name} = {OWN[name]!r} would')
-    try:  # the folders of many runs stay small, where the file does not say otherwise
+            overrides.fail(f'{word}: {name} = {shown(value)} does not fit, {name} = {OWN[name]!r} would')
+        if isinstance(value, int | str):
+            overrides.check_type(name, value, value, f'{word}: {name}')  # which has its bounds
+    with explained(f'{word}: config = {shown(own["config"])} is no command line', 'close its quotes'):
+        # the folders of many runs stay small, where the file does not say otherwise
         words = ['--tensorboard=False', '--save_interval=0', *shlex.split(own['config'])]
-    except ValueError as error:
-        overrides.fail(f'{word}: config = {own["config"]!r}: {error}')
     base = overrides.settings_of(script, words)
     named = {name: value for name, value in namespace.items() if name in defaults}
-    where = lambda name, value: f'{word}: {name} = {value!r}'
     for name in [*named, *(name for some in own['variants'].values() if isinstance(some, dict) for name in some),
                  *(word[2:].partition('=')[0] for word in words if word.startswith('--')),
                  *(name for name in TRAINS_NOT if base.get(name) != defaults.get(name))]:  # by a config file
@@ -161,33 +167,37 @@ def read(word, given, script):
             if not value:
                 overrides.fail(f'{word}: {name} = []: it needs at least one value')
             space[name] = list(dict.fromkeys(
-                overrides.check_type(name, v, defaults[name], where(name, value)) for v in value))
+                overrides.check_type(name, v, defaults[name], f'{word}: {name}') for v in value))
         elif isinstance(value, Range):
             space[name] = check_range(name, value, defaults[name], f'{word}: {name}')
         else:
-            fixed[name] = overrides.check_type(name, value, defaults[name], where(name, value))
+            fixed[name] = overrides.check_type(name, value, defaults[name], f'{word}: {name}')
     for variant, some in own['variants'].items():
         if not isinstance(some, dict):
-            overrides.fail(f'{word}: variants: {variant!r} needs settings: {{{variant!r}: {{"learning_rate": 5e-3}}}}')
+            overrides.fail(f'{word}: variants: {shown(variant)} needs settings: {{"large": {{"learning_rate": 5e-3}}}}')
+        if not isinstance(variant, str) or not overrides.is_word(variant):
+            overrides.fail(f'{word}: variants: {shown(variant)} is no name; a name is a text, such as "large"')
         for name in some:
             if name not in defaults:
-                overrides.fail(f'{word}: variants, {variant!r}: {name}: train.py has no such setting'
+                overrides.fail(f'{word}: variants, {variant!r}: {shown(name)}: train.py has no such setting'
                                f'{overrides.nearest(name, defaults)}')
             if name in space:
                 overrides.fail(f'{word}: {name} has values of its own, and the variant {variant!r} has another')
-        variants[str(variant)] = {name: overrides.check_type(name, value, defaults[name], where(name, value))
-                                  for name, value in some.items()}
-    first = base['seed']
-    seeds = own['seeds'] if isinstance(own['seeds'], list) else list(range(first, first + own['seeds']))
-    if not seeds or any(type(seed) is not int for seed in seeds):
-        overrides.fail(f'{word}: seeds = {own["seeds"]!r}: a number from 1 on, or a list of whole numbers')
+        variants[variant] = {name: overrides.check_type(name, value, defaults[name], f'{word}: {name}')
+                             for name, value in some.items()}
+    first, seeds = base['seed'], own['seeds']
+    if not isinstance(seeds, list) and 1 <= seeds <= MOST:
+        seeds = list(range(first, first + seeds))
+    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
+        overrides.fail(f'{word}: seeds = {shown(seeds)}: a number from 1 on, at most {MOST:,}, or a list of whole '
+                       'numbers')
     if own['maximise'] and 'minimise' not in assigned:
         own['minimise'] = ''
     if bool(own['minimise']) == bool(own['maximise']):
-        overrides.fail(f'{word}: minimise = {own["minimise"]!r} and maximise = {own["maximise"]!r}: one of them names '
-                       'a figure, the other is left out')
+        overrides.fail(f'{word}: minimise = {shown(own["minimise"])} and maximise = {shown(own["maximise"])}: one of '
+                       'them names a figure, the other is left out')
     sweep = Sweep(words, fixed, space, variants, own['method'], list(dict.fromkeys(seeds)), own['max_runs'],
-                  own['minimise'], own['maximise'], (namespace.get('__doc__') or '').strip(), base | fixed,
+                  own['minimise'], own['maximise'], str(namespace.get('__doc__') or '').strip(), base | fixed,
                   {name: value for name, value in (base | fixed).items() if value != defaults[name]})
     check(sweep, word, train)
     return sweep
@@ -199,7 +209,7 @@ def check_range(name, value, default, where):
     example = f'{kind}({"1e-4, 1e-1" if isinstance(default, float) else "32, 512"})'
     if type(default) not in (int, float):
         overrides.fail(f'{where} takes no numbers: name its values as a list, [..., ...]')
-    low, high = (overrides.check_type(name, v, default, f'{where} = {kind}({value.low!r}, {value.high!r})')
+    low, high = (overrides.check_type(name, v, default, f'{where} = {kind}({shown(value.low)}, {shown(value.high)})')
                  for v in (value.low, value.high))
     if not low < high or value.is_log and low <= 0:
         overrides.fail(f'{where} = {kind}({low}, {high}): it needs two numbers, the smaller first'
@@ -210,8 +220,8 @@ def check_range(name, value, default, where):
 def check(sweep, word, train):
     """What must hold of a sweep and of every set-up that is known before it runs. train: the Script of train.py."""
     if sweep.method not in METHODS:
-        overrides.fail(f'{word}: method = {sweep.method!r}{overrides.nearest(sweep.method, METHODS)}; it is one of '
-                       f'{", ".join(METHODS)}')
+        overrides.fail(f'{word}: method = {shown(sweep.method)}{overrides.nearest(sweep.method, METHODS)}; it is one '
+                       f'of {", ".join(METHODS)}')
     if sweep.method == 'bayes':
         overrides.require('optuna', 'method = bayes')
         if not sweep.axes():
@@ -221,9 +231,15 @@ def check(sweep, word, train):
         overrides.fail(f'{word}: {ranges[0]} is a range, and method = grid takes lists of values; method = random or '
                        'bayes draws from it')
     if sweep.max_runs < 0 or sweep.method != 'grid' and sweep.max_runs == 0:
-        overrides.fail(f'{word}: max_runs = {sweep.max_runs}: method = {sweep.method} needs to know how many set-ups '
-                       'it may try, such as --max_runs=20')
+        overrides.fail(f'{word}: max_runs = {shown(sweep.max_runs)}: method = {sweep.method} needs to know how many '
+                       'set-ups it may try, such as --max_runs=20')
     corners = [[values.low, values.high] if isinstance(values, Range) else values for values in sweep.axes().values()]
+    n_corners = math.prod(map(len, corners))
+    n_runs = (min(sweep.max_runs or n_corners, n_corners) if sweep.method == 'grid' else sweep.max_runs) * len(
+        sweep.seeds)
+    if n_runs > MOST or sweep.method == 'bayes' and n_corners > MOST:
+        overrides.fail(f'{word}: {shown(max(n_runs, n_corners))} runs, or corners of what is searched, are more than '
+                       f'the {MOST:,} that a sweep may have; name fewer values, or a smaller max_runs')
     for point in points(sweep) if sweep.method != 'bayes' else [
             dict(zip(sweep.axes(), corner)) for corner in itertools.product(*corners)]:
         settings = sweep.base | sweep.settings(point)
@@ -304,7 +320,7 @@ def start(sweep, run, script, gpu=None, threads=None):
     if threads:
         env.setdefault('OMP_NUM_THREADS', str(threads))
     run.began = time.time()
-    with open(run.folder / 'console.log', 'wb') as log:
+    with files.open_own(run.folder / 'console.log', 'wb') as log:
         # a session of its own: Ctrl-C is for the sweep, which passes it on
         run.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
                                        start_new_session=True)
@@ -314,7 +330,7 @@ def is_locked(folder):
     """Whether a process of an earlier launch of the sweep still writes there."""
     with suppress(ImportError, OSError):
         import fcntl
-        with open(folder / '.lock') as file:
+        with files.open_own(folder / '.lock', 'r') as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -407,7 +423,7 @@ def finish(sweep, run):
         'parameters': facts.get('parameters'),
         'tokens_per_second': number(np.median(rates)) if len(rates := history.last('tokens_per_second', 10**9)) else
         None, 'sample': sample(run.folder), 'error': words if kind in ('crashed', 'diverged') else ''}
-    spare(write, run.folder / 'result.json', json.dumps(result, indent=1) + '\n')  # else it is made again
+    spare(files.write_whole, run.folder / 'result.json', json.dumps(result, indent=1) + '\n')  # else it is made again
     return result
 
 
@@ -460,18 +476,11 @@ def spare(work, *args):
     except OSError as error:
         if str(error) not in told:
             told.add(str(error))
-            print(f'WARNING: {error.filename or work.__name__}: {error.strerror or error}; the sweep goes on',
+            print(f'WARNING: {error.filename or work.__name__}: {reason(error)}; the sweep goes on',
                   file=sys.stderr)
 
 
 told = set()  # what has been said and need not be said again
-
-
-def write(path, text):
-    """A file that is the old one or the new one, never half of it."""
-    part = path.with_name(f'.{path.name}.part')
-    part.write_text(text, encoding='utf-8', newline='')
-    os.replace(part, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,15 +495,15 @@ def claim(sweep, folder):
     global lock
     path, here = folder / 'sweep.json', sweep.identity()
     try:
-        if path.exists():
+        if path.is_file():
             try:
                 there = {'maximise': ''} | json.loads(path.read_text(encoding='utf-8'))  # older ones lack it
                 other = [name for name in here if there[name] != here[name]]
                 is_turned = bool(there['maximise']) != bool(here['maximise']) and (folder / 'study.db').exists()
                 if not is_turned and not any(folder.glob('*/result.json')):  # the metric may be corrected
                     other = [name for name in other if name not in ('minimise', 'maximise')]
-            except (OSError, ValueError, KeyError, TypeError):
-                overrides.fail(f'{path} cannot be read; --out_dir=FOLDER takes another place')
+            except Exception as error:
+                overrides.fail(f'{path} cannot be read ({reason(error)}); --out_dir=FOLDER takes another place')
             if other:
                 overrides.fail(f'{folder} holds another sweep: {other[0]} there is {there[other[0]]!r}, here '
                                f'{here[other[0]]!r}; --out_dir=FOLDER takes another place')
@@ -503,17 +512,18 @@ def claim(sweep, folder):
             overrides.fail(f'{folder} holds something that is no sweep; --out_dir=FOLDER takes another place')
         folder.mkdir(parents=True, exist_ok=True)
         lock = folders.take_lock(folder)
-        write(path, json.dumps(here, indent=1) + '\n')
+        files.write_whole(path, json.dumps(here, indent=1) + '\n')
     except OSError as error:
-        overrides.fail(f'{folder}: nothing can be written there ({error.strerror}); --out_dir=FOLDER takes another '
+        overrides.fail(f'{folder}: nothing can be written there ({reason(error)}); --out_dir=FOLDER takes another '
                        'place')
     results = {}
-    for found in folder.glob('*/result.json'):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: the run goes on from its checkpoint
+    for found in filter(os.path.isfile, folder.glob('*/result.json')):
+        with suppress(Exception):  # damaged: the run goes on from its checkpoint
             result = json.loads(found.read_text(encoding='utf-8'))
             if 'lowest' in result:  # as it was called before a figure could be maximised
                 result['best'] = result.pop('lowest')
-            results[result['number'], result['seed']] = result
+            if label(result['point']) and all(isinstance(result[name], kind) for name, kind in RESULT.items()):
+                results[result['number'], result['seed']] = result
     return results
 
 

@@ -77,8 +77,12 @@ def finite(history, panel):
 
 
 def best(history, name='val/loss', is_max=False):
-    """(step, value) of the lowest val loss, or of the lowest or highest of another figure; NaN where there is none."""
-    steps, values = history.get(name)
+    """
+    (step, value) of the lowest val loss, or of the lowest or highest of another figure, on the text that a run has now;
+    NaN where there is none.
+    """
+    with history.of_this_text():
+        steps, values = history.get(name)
     steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
     if not len(values):
         return 0, math.nan

@@ -5,10 +5,15 @@ torch. The thresholds stand on top, each with its reason; docs/watching.md has t
 
 import math
 import re
+import shlex
 from array import array
 from bisect import bisect_left, bisect_right
+from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
+
+from kit.watch.curves import in_words
 
 FIRST_LOSS_OFF = 0.5   # nats: GPT-2's initialisation starts within 0.1 of a fair guess, a broken one far from it
 WINDOW = 100           # updates that a reading of the present takes in
@@ -22,6 +27,7 @@ CLIPPED_SHARE = 0.9    # but a limit that far below the norm, at nearly all upda
 LAYER_LOW = 1e-3       # of the median layer's norm; LayerNorm's, the smallest of the healthy ones, is 0.02
 RATIO_HIGH = 0.03      # update / weights in the blocks: 0.001 to 0.014 while a healthy rate is high,
 GAIN_RATIO_HIGH = 0.006  # and in the last norm layer, whose gains are 1: up to 0.002, and from 0.01 in sick runs
+RATE_HOPELESS = 0.03   # no run was healthy with a rate above it
 RATIO_LOW = 8e-4       # in the blocks at best: a 30th of a good rate has 0.0007, a 100th 0.0003
 SPIKE_SPREADS = 8.0    # median deviations above the median, 5.4 standard deviations of a normal distribution,
 SPIKE_SHARE = 0.1      # and this much above it: none in the 30 runs that were meant to be healthy
@@ -38,7 +44,10 @@ STALL = 0.5            # of a step's time spent on fetching its batch
 COLLAPSE = 0.5         # of the usual tokens/s,
 COLLAPSE_SECONDS = 10  # for as long as this: other work on the machine may take a moment
 LOOKS_TO_END = 10      # a finding is over when it was not there so many times
+MOST_OFTEN = 3         # times that a verdict tells the same in full
 RISEN = 20             # updates whose median is the loss of the moment
+ASTRAY = 5             # updates in a row with a loss that a guess would beat: the run has diverged
+BEYOND = 1e100         # a figure above it is as good as infinite, one below its inverse as good as 0: no float32 is
 
 
 class History:
@@ -46,13 +55,13 @@ class History:
     The figures of a run by step, under the names of metrics.jsonl: loss, grad_norm, lr, val/loss, ...
 
     facts: what else is known of the run, {} where nothing is: its settings, and vocab_size, unigram_entropy (nats),
-    tokens_per_step.
+    tokens_per_step, other_text_since (the step at which it went on with another text; 0: it never did).
     """
 
     def __init__(self, facts=None):
         self.facts = facts or {}
         self.series = {}  # name: (steps, values); arrays, since a long run has a million of them
-        self.until = math.inf  # readers see nothing after this step
+        self.after, self.until = -1, math.inf  # what readers see: the steps after the one, up to the other
         self.findings = []  # [name, first step, last step or None, looks without it, words], the oldest first
         self.looked = -1  # the newest step that news() has seen
 
@@ -74,11 +83,26 @@ class History:
         self.looked = min(self.looked, step)
 
     def get(self, name, n=None):
-        """(steps, values) of a figure, its newest n, as NumPy arrays, empty where it has none; bad ones are NaN."""
+        """(steps, values) of a figure, its newest n, as NumPy arrays, empty where it has none; NaN and inf are bad."""
         steps, values = self.series.get(name, ((), ()))
-        end = bisect_right(steps, self.until)
-        begin = 0 if n is None else max(0, end - n)
-        return np.array(steps[begin:end], dtype=np.int64), np.array(values[begin:end], dtype=np.float64)
+        begin, end = bisect_right(steps, self.after), bisect_right(steps, self.until)
+        begin = begin if n is None else max(begin, end - n)
+        steps, values = np.array(steps[begin:end], dtype=np.int64), np.array(values[begin:end], dtype=np.float64)
+        values[values > BEYOND], values[values < -BEYOND] = math.inf, -math.inf
+        values[abs(values) < 1 / BEYOND] = 0
+        return steps, values
+
+    @contextmanager
+    def of_this_text(self):
+        """
+        Readers see what came behind the last change of the text: losses on another one say nothing of this. The record
+        of that step is an evaluation on the other.
+        """
+        self.after = self.facts.get('other_text_since') or -1
+        try:
+            yield
+        finally:
+            self.after = -1
 
     def last(self, name, n):
         """The newest n values of a figure, less those that are not finite."""
@@ -131,7 +155,8 @@ class History:
         lines, step = [], self.step()
         for check in CHECKS:
             name = check.__name__.replace('_', ' ')
-            words = check(self)
+            with self.of_this_text(), np.errstate(all='ignore'):  # figures may be inf, or 0 where none should be
+                words = check(self)
             open_one = next((finding for finding in self.findings if finding[0] == name and finding[2] is None), None)
             if words and open_one:
                 open_one[3] = 0
@@ -147,9 +172,11 @@ class History:
         return lines
 
     def replay(self, looks=200):
-        """Find what news() would have found on the way here."""
-        end = self.step()
-        for step in np.unique(np.linspace(0, max(end, 0), looks).astype(int)):
+        """Find what news() would have found on the way here, on this text."""
+        end = max(self.step(), 0)
+        begin = min(self.facts.get('other_text_since', 0), end)
+        self.looked = begin or -1
+        for step in np.unique(np.linspace(begin, end, looks).astype(int)):
             self.until = int(step)
             self.news()
         self.until = math.inf
@@ -164,7 +191,7 @@ def first_loss(h):
     if h.looked < 0 and loss is not None and vocab_size and h.facts.get('init_from') == 'scratch':
         guess = math.log(vocab_size)
         if not abs(loss - guess) <= FIRST_LOSS_OFF:
-            return (f'the first loss is {loss:.4f}, where a fair guess among {vocab_size} ids has {guess:.4f}. '
+            return (f'the first loss is {in_words(loss)}, where a fair guess among {vocab_size} ids has {guess:.4f}. '
                     'The initialisation is far off, or the ids are not those that the model counts on: look at the '
                     'weights that model.py draws (0.02) and at the dataset')
 
@@ -188,15 +215,15 @@ def loss_spike(h):
     found = np.flatnonzero(losses > middle + np.maximum(SPIKE_SPREADS * spread, SPIKE_SHARE * middle))
     if len(found):
         worst = found[(losses[found] / middle[found]).argmax()]
-        return (f'the loss of step {steps[worst]} is {losses[worst]:.4f}, the updates before it had about '
-                f'{middle[worst]:.4f}' + (f' (the highest of {len(found)})' if len(found) > 1 else '')
+        return (f'the loss of step {steps[worst]} is {in_words(losses[worst])}, the updates before it had about '
+                f'{in_words(middle[worst])}' + (f' (the highest of {len(found)})' if len(found) > 1 else '')
                 + '. Odd text, or an update too many; this shows the text: python train.py '
                 f'--inspect_step={steps[worst]}{out_dir(h)}')
 
 
 def numbers_not_finite(h):
     at_lines, single = h.since('bad_steps', h.looked, 4)[1], h.since('loss', h.looked, 4)[1]
-    n = int(max(np.nansum(at_lines), (~np.isfinite(single)).sum()))
+    n = int(max(at_lines[np.isfinite(at_lines)].sum(), (~np.isfinite(single)).sum()))
     if n:
         return (f'the loss or the gradient of {n} updates around step {h.step()} was not finite. Mostly a rate too '
                 + ('large, or float16: --dtype=bfloat16' if h.facts.get('dtype') == 'float16' else 'large')
@@ -282,7 +309,8 @@ def rate_too_large(h):
         medians = np.median(losses.reshape(-1, RISEN), axis=1)
         noise = np.median(abs(losses[-10 * RISEN:] - np.median(losses[-10 * RISEN:])))
         if medians[-1] > medians.min() * (1 + RISE) + 0.1 + 2.5 * noise and not overfitting(h):
-            return (f'the loss went back up, from {medians.min():.4f} to {medians[-1]:.4f} (medians of {RISEN}). '
+            return (f'the loss went back up, from {in_words(medians.min())} to {in_words(medians[-1])} (medians of '
+                    f'{RISEN}). '
                     f'The updates overshoot: {lower_rate(h)}, {longer_warmup(h)}')
 
 
@@ -373,7 +401,8 @@ def highest_ratio(h):
     rows = [h.get(name)[1] for name in h.series
             if name.startswith('update_ratio/') and is_block(name.removeprefix('update_ratio/'))]
     shortest = min(map(len, rows), default=0)
-    return np.nanpercentile(np.median([row[-shortest:] for row in rows], axis=0), 90) if shortest else math.inf
+    medians = np.median([row[-shortest:] for row in rows], axis=0) if shortest else np.array([])
+    return np.percentile(medians[np.isfinite(medians)], 90) if np.isfinite(medians).any() else math.inf
 
 
 def is_block(layer):
@@ -391,7 +420,8 @@ def was_found(h, name):
 
 
 def lower_rate(h):
-    return f'--learning_rate={nice(h.facts["learning_rate"] / 10)}' if 'learning_rate' in h.facts else 'a lower rate'
+    rate = h.facts.get('learning_rate')
+    return f'--learning_rate={nice(min(rate / 10, RATE_HOPELESS))}' if rate else 'a lower rate'
 
 
 def higher_rate(h):
@@ -408,7 +438,7 @@ def nice(number):
 
 def out_dir(h):
     folder = h.facts.get('out_dir', 'checkpoints')
-    return '' if folder == 'checkpoints' else f' --out_dir={folder}'
+    return '' if folder == 'checkpoints' else f' --out_dir={shlex.quote(str(folder))}'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,15 +450,35 @@ def verdict(h):
     if h.looked < 0:
         h.replay()
     h.news()
+    with h.of_this_text():
+        lines = figures_in_words(h)
+        astray = diverged(h)
+    lines += [f'diverged: {astray}'] if astray else []
+    told = Counter()
+    for name, begin, end, _, words in h.findings:
+        told[name] += 1
+        lasted = f'at step {begin}' if begin == end else f'from step {begin} ' + (f'to {end}' if end else 'to the end')
+        lines += [f'{name}, {lasted}: {words}'] if told[name] <= MOST_OFTEN else []
+    lines += [f'{name}: {n - MOST_OFTEN} more times' for name, n in told.items() if n > MOST_OFTEN]
+    if not h.findings and not astray and lines:
+        lines.append('nothing to complain about')
+    if since := h.facts.get('other_text_since'):
+        lines.insert(0, f'other text since step {since}: what follows is about that alone')
+    return lines
+
+
+def figures_in_words(h):
+    """The lines of a verdict that say how it went, without judging."""
     lines = []
-    steps, val = h.get('val/loss')
-    if np.isfinite(val).any():
-        best = int(np.nanargmin(val))
+    (steps, val), loss = h.get('val/loss'), h.get('loss', 1)[1]
+    fine = np.isfinite(val)
+    if fine.any():
+        best = int(np.where(fine, val, math.inf).argmin())
         train = dict(zip(*h.get('train/loss'))).get(steps[best])
-        lines.append(f'best val loss {val[best]:.4f} at step {steps[best]}'
-                     + (f' (train {train:.4f})' if train is not None else ''))
-    elif h.step() >= 0:
-        lines.append(f'loss {h.at("loss", h.step(), math.nan):.4f} at the end, '
+        lines.append(f'best val loss {in_words(val[best])} at step {steps[best]}'
+                     + (f' (train {in_words(train)})' if train is not None else ''))
+    elif len(val) or len(loss):
+        lines.append(f'loss {in_words(loss[0] if len(loss) else math.nan)} at the end, '
                      + ('no evaluation was finite' if len(val) else 'not evaluated'))
     steps, norms = h.get('grad_norm')
     fine = np.isfinite(norms)
@@ -443,12 +493,24 @@ def verdict(h):
     if len(speed):
         mfu = h.last('mfu', 10**6)
         lines.append(f'{np.median(speed):,.0f} tokens/s' + (f', mfu {np.median(mfu):.1%}' if len(mfu) else ''))
-    for name, begin, end, _, words in h.findings:
-        lasted = f'at step {begin}' if begin == end else f'from step {begin} ' + (f'to {end}' if end else 'to the end')
-        lines.append(f'{name}, {lasted}: {words}')
-    if not h.findings and lines:
-        lines.append('nothing to complain about')
     return lines
+
+
+def diverged(h):
+    """What became of a run that ends with losses which a fair guess would beat, and what helps; '' for any other."""
+    (at, val), (steps, losses) = h.get('val/loss'), h.get('loss')
+    first = [value for values in (val, losses) for value in values[np.isfinite(values)][:1]]
+    guess = [math.log(h.facts['vocab_size'])] if h.facts.get('vocab_size') else []
+    bound = max([*first, *guess], default=0) + FIRST_LOSS_OFF
+    if len(val) and at[-1] >= max([*steps[-1:], 1]) and not val[-1] <= bound:
+        words = f'the val loss is {in_words(val[-1])} at the end'
+    elif len(losses) >= ASTRAY and not (losses[-ASTRAY:] <= bound).any():
+        words = f'the loss is {in_words(losses[-1])} at the end, and was like that for {ASTRAY} updates'
+    else:
+        return ''
+    return (words + (f', where a fair guess among {h.facts["vocab_size"]} ids has {guess[0]:.4f}' if guess else '')
+            + f'. The updates go astray: {lower_rate(h)}, {longer_warmup(h)}'
+            + ('' if h.facts.get('grad_clip', 1) else ', --grad_clip=1.0') + '; --find_lr looks for a rate that works')
 
 
 def without_progress(losses, min_delta):

@@ -104,10 +104,11 @@ def token_losses(model, x, y, documents, batch_size, device, dtype):
 
 
 @torch.no_grad()
-def answer(models, prompts, end_of_text, n_ids, longest, batch_size, device, dtype):
+def answer(models, prompts, end_of_text, text, longest, batch_size, device, dtype):
     """
     What models (one, or an ensemble) write after prompts, lists of ids: always the likeliest token, up to end_of_text
-    or `longest` tokens. Returns lists of ids without end_of_text. Prompts of one length are answered side by side.
+    or `longest` tokens. text: a tokenizer. Returns lists of ids without end_of_text. Prompts of one length are answered
+    side by side. Raises FloatingPointError, see GPT.stream.
     """
     answers, by_length = {}, {}
     for i, prompt in enumerate(prompts):
@@ -119,7 +120,7 @@ def answer(models, prompts, end_of_text, n_ids, longest, batch_size, device, dty
         for same in by_length.values():
             for here in (same[i:i + batch_size] for i in range(0, len(same), batch_size)):
                 ids = models[0].stream(torch.tensor([prompts[i] for i in here], device=device), temperature=0,
-                                       n_ids=n_ids, others=models[1:])
+                                       n_ids=text.size, others=models[1:], gaps=text.gaps)
                 rows, is_over = [], torch.zeros(len(here), dtype=torch.bool, device=device)
                 while len(rows) < longest and not is_over.all():
                     rows.append(next(ids)[:, 0])

@@ -29,7 +29,7 @@ def show(journal, step, model, data, meta, device, is_last):
         if model.config.causal and step > 0:  # an untrained one has nothing to say
             journal.show('text', step, 'Samples',
                          lambda: samples.write(model, text, meta, SAMPLE_LENGTH, device, 'float32'))
-    except (OSError, ValueError):  # the tokenizer had to be downloaded, or knows no line break
+    except OSError:  # the tokenizer had to be downloaded, and could not
         label = str
     if is_last or start > journal.pictures_due:
         from kit.watch import pictures

@@ -125,8 +125,7 @@ class Journal:
         if settings['tensorboard']:
             self.sinks.append(TensorBoard(run_folder(name, last.get(TensorBoard.name)), settings, step))
         if settings['wandb_log']:
-            run_id = str(last.get(WandB.name))
-            self.sinks.append(WandB(out_dir, settings, name, run_id if re.fullmatch(r'[\w-]{1,64}', run_id) else None))
+            self.sinks.append(WandB(out_dir, settings, name, last.get(WandB.name)))
 
     def places(self):
         """Where the sinks write, to be remembered for a resume."""
@@ -331,6 +330,7 @@ class WandB:
     def __init__(self, out_dir, settings, name, run_id):
         import wandb
         self.out_dir, self.wandb, self.settings = out_dir, wandb, settings
+        run_id = run_id if re.fullmatch(r'[\w-]{1,64}', str(run_id)) else None  # it is part of a path of wandb's
         options = dict(project=settings['wandb_project'], name=name, config=settings, id=run_id,
                        resume='allow' if run_id else None)
         try:

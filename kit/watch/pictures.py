@@ -5,12 +5,15 @@ Each writes itself to a path, or without one is returned as uint8 (height, width
 at in a window too, once show_windows() is called. x is what the panels run over: steps, tokens or time.
 """
 
+import io
 import math
 import warnings
 from contextlib import contextmanager
 
 import numpy as np
 
+from kit.base import files
+from kit.base.errors import explained
 from kit.watch import curves
 from kit.watch.curves import ABSENT, ACCURACY, LOSS, NORM, PANELS, RATE, SPEED
 
@@ -25,6 +28,7 @@ STYLE = {
     'axes.axisbelow': True, 'grid.color': '0.93', 'xtick.labelsize': 8, 'ytick.labelsize': 8,
     'xtick.color': '0.3', 'ytick.color': '0.3', 'xtick.labelcolor': 'black', 'ytick.labelcolor': 'black',
     'legend.fontsize': 8, 'legend.frameon': False, 'lines.linewidth': 1.3, 'lines.markersize': 3.5,
+    'text.parse_math': False, 'text.usetex': False,  # a name is no formula
 }
 DASHES = ['solid', (0, (4, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (10, 2)), (0, (3, 1, 1, 1, 1, 1))]
 
@@ -50,6 +54,7 @@ def loss_curve(history, name, path=None, x='steps', show=False):
                   handlelength=1.6, columnspacing=1.1)
         limit_others(panels, [history])
         draw_own(own, [history], across, [{}])
+        mark_change(ax, fig.axes, history, across)
         return finish(fig, path, show)
 
 
@@ -159,7 +164,7 @@ def attention(maps, labels, path=None):
     full = np.shape(maps)
     maps = np.asarray(maps, dtype=np.float64)[:8, :8, :64, :64]
     n_layers, n_heads, n_tokens, _ = maps.shape
-    labels = [str(label).replace('\n', '\\n').replace('$', r'\$') for label in labels[:n_tokens]]
+    labels = [str(label).replace('\n', '\\n') for label in labels[:n_tokens]]
     side = max(1.0, min(4.0, 8 / n_heads, 10 / n_layers))  # inches of a map
     every = math.ceil(n_tokens * 0.1 / side)  # a label needs a tenth of an inch
     ticks = np.arange(0, n_tokens, every)
@@ -226,7 +231,8 @@ def lr_finder(rates, losses, curve, suggested, path=None):
 @contextmanager
 def style():
     """The look that all pictures share, while one is drawn."""
-    import matplotlib
+    with explained('matplotlib cannot be imported', 'look at MPLBACKEND in the environment'):
+        import matplotlib
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph')  # a character that the font lacks is drawn as a box
         yield
@@ -242,9 +248,11 @@ def new_figure(size, show):
 
 
 def finish(fig, path, show=False):
-    """Write the picture, or return it as uint8 (height, width, 3)."""
+    """Write the picture, a PNG whatever it is called, or return it as uint8 (height, width, 3). Raises OSError."""
     if path is not None:
-        return fig.savefig(path)
+        picture = io.BytesIO()
+        fig.savefig(picture, format='png')
+        return files.write_whole(path, picture.getvalue())
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
@@ -308,7 +316,7 @@ def figure_of_panels(histories, x, show, legend_rows=0, metric=''):
 def place(histories, x, ax):
     """Label the axis that x names. Returns across(history, steps) -> where steps stand on it."""
     from matplotlib.ticker import MaxNLocator
-    label, ticks, across = x, count, lambda history, steps: steps * history.facts['tokens_per_step']
+    label, ticks, across = x, count, lambda history, steps: steps * float(history.facts['tokens_per_step'])
     if x == 'steps':
         ticks, across = lambda value, _: f'{value:,.0f}', lambda history, steps: steps
     elif x == 'time':
@@ -345,15 +353,17 @@ def log_ticks(low, high):
 
 
 def shortened(name, length):
-    """The end of a long name, on one line and without formulas."""
-    name = ' '.join(name.split())
-    return (name if len(name) <= length else '...' + name[3 - length:]).replace('$', r'\$')
+    """The end of a long name, on one line, with nothing in it that cannot be drawn."""
+    name = ''.join(c if c.isprintable() else '?' for c in ' '.join(name.split()))
+    return name if len(name) <= length else '...' + name[3 - length:]
 
 
 def best_in_words(history, name, is_max):
     step, value = curves.best(history, name, is_max)
     short = {'val/loss': 'val', 'train/loss': 'train'}.get(name, shortened(name, 30))
-    return f': {short} {curves.in_words(value)} at step {step:,}' if math.isfinite(value) else ''
+    since = history.facts.get('other_text_since')
+    return (f': {short} {curves.in_words(value)} at step {step:,}' if math.isfinite(value) else '') + (
+        f', other text since step {since:,}' if since else '')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,10 +455,23 @@ def label_best(ax, history, across):
     x, (left, right), (low, high) = across(history, step), ax.get_xlim(), ax.get_ylim()
     at, is_high = (x - left) / (right - left), value > low + 0.75 * (high - low)
     ax.plot(x, value, 'o', markersize=9, markerfacecolor='none', markeredgecolor=VAL)
-    ax.annotate(f'best val {value:.4f} at step {step:,}', (x, value), xytext=(0, -30 if is_high else 30), color=VAL,
-                textcoords='offset points', ha='left' if at < 0.72 else 'right',
+    ax.annotate(f'best val {curves.in_words(value)} at step {step:,}', (x, value), color=VAL,
+                xytext=(0, -30 if is_high else 30), textcoords='offset points', ha='left' if at < 0.72 else 'right',
                 arrowprops={'arrowstyle': '-', 'color': VAL, 'linewidth': 0.7, 'shrinkB': 5},
                 bbox={'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.8, 'pad': 1})
+
+
+def mark_change(ax, axes, history, across):
+    """A dotted line through all panels where a run went on with another text, and in ax what it is."""
+    step, (left, right) = history.facts.get('other_text_since'), ax.get_xlim()
+    x = across(history, step) if step else math.nan
+    if left < x < right:
+        for each in axes:
+            each.axvline(x, color=DARK, linewidth=0.9, linestyle=':')
+        is_left = x < left + 0.72 * (right - left)
+        ax.annotate(f'other text since step {step:,}', (x, 1), xycoords=ax.get_xaxis_transform(), color=DARK,
+                    fontsize=8, xytext=(4 if is_left else -4, -10), textcoords='offset points',
+                    ha='left' if is_left else 'right')
 
 
 def limit_loss(ax, histories, across, colors):
@@ -460,7 +483,9 @@ def limit_loss(ax, histories, across, colors):
     lowest = [values.min() for values in (curves.finite(h, LOSS) for h in histories) if len(values)]  # all are seen
     high = max([high, *(value + 0.1 * (high - low) for value in lowest if value < 3 * min(lowest))])
     bottom = ax.dataLim.y0 if math.isfinite(ax.dataLim.y0) else low
-    ax.set_ylim(bottom - max(0.05 * (high - bottom), 0.02), high)
+    ax.set_ylim(bottom - margin(bottom, high), high)
+    if max(abs(bottom), abs(high)) > 1e5:
+        tell_apart(ax)
     for history, color in zip(histories, colors):
         figures = [history.get(name) for name in PANELS[LOSS]]
         steps, values = (np.concatenate(parts) for parts in zip(*figures))
@@ -474,7 +499,12 @@ def loss_limits(history):
     """(lowest, highest) loss that a panel should show of a run."""
     low, most, top = np.quantile(curves.finite(history, LOSS), [0, 0.98, 1])
     spread = 1.15 * (most - low)
-    return low, top + max(0.05 * (top - low), 0.02) if top - low <= 1.5 * spread else low + spread
+    return low, top + margin(low, top) if top - low <= 1.5 * spread else low + spread
+
+
+def margin(low, high):
+    """The space beside losses from low to high, some also where all are alike, or so large that digits are lost."""
+    return max(0.05 * (high - low), 0.02, 1e-3 * abs(high))
 
 
 def limit_others(panels, histories):
@@ -502,6 +532,11 @@ def limit_own(ax, values):
     """Decades where positive values span more than three of them, and numbers at the axis that can be told apart."""
     if values.min() > 0 and values.max() > 1000 * values.min():
         return set_log(ax)
+    tell_apart(ax)
+
+
+def tell_apart(ax):
+    """As many digits at the axis as its numbers need to differ, and no power of ten above it."""
     ticks = ax.get_yticks()
     digits = max(6, math.ceil(math.log10(max(abs(ticks)) / min(np.diff(ticks)))) + 1)
     ax.yaxis.set_major_formatter(lambda value, _: f'{value:.{digits}g}')
@@ -511,6 +546,9 @@ def set_log(ax, bottom=None):
     """A logarithmic axis with plain numbers at it."""
     ax.set_yscale('log', nonpositive='mask')
     ax.set_ylim(bottom=bottom)
+    low, high = ax.get_ylim()
+    if high < 1.01 * low:  # all alike: some space, in which numbers can be told apart
+        ax.set_ylim(low / 1.05, 1.05 * high)
     ax.yaxis.set_major_locator(log_ticks(*ax.get_ylim()))
     ax.yaxis.set_major_formatter(plain)
     ax.minorticks_off()

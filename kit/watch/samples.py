@@ -25,7 +25,7 @@ def show(model, data, meta, device, dtype):
             print()
         else:
             print(f'\na sample of its own:\n{write(model, text, meta, 400, device, dtype)}\n')
-    except (OSError, ValueError) as error:  # the tokenizer had to be downloaded, or knows no line break
+    except (OSError, FloatingPointError) as error:  # the tokenizer had to be downloaded, or the run has diverged
         print(f'no sample: {error}')
 
 
@@ -33,7 +33,7 @@ def write(model, text, meta, length, device, dtype):
     """What the model writes of its own, so many tokens; text: a tokenizer. Draws from torch's generator."""
     begin = torch.tensor([tokens.beginning(text, meta)], device=device)
     with evaluation.evaluating(model), devices.autocast(device, dtype):
-        ids = model.generate(begin, length, temperature=0.8, n_ids=text.size)
+        ids = model.generate(begin, length, temperature=0.8, n_ids=text.size, gaps=text.gaps)
     return tokens.decode(text, ids[0].tolist())
 
 
@@ -43,7 +43,7 @@ def answers(model, reader, numbers, text, batch_size, device, dtype):
     longest = min(max(len(response) for _, response in pairs) + 1, max(1, reader.block_size // 2))
     prompts = [prompt[-(reader.block_size - longest + 1):] for prompt, _ in pairs]
     models = list(getattr(model, 'models', [model]))
-    ids = evaluation.answer(models, prompts, reader.end_of_text, text.size, longest, batch_size, device, dtype)
+    ids = evaluation.answer(models, prompts, reader.end_of_text, text, longest, batch_size, device, dtype)
     return [tokens.decode(text, row) for row in ids], [tokens.decode(text, response) for _, response in pairs]
 
 
@@ -53,5 +53,8 @@ def fill_masks(model, data, text, device, dtype):
     x, y, documents = (devices.send(a, device) for a in data.fetch(np.array([0]), data.noise(1, 0)))
     with evaluation.evaluating(model), devices.autocast(device, dtype):
         logits, _ = model(x, y, documents)
+    if not logits.isfinite().all():
+        raise FloatingPointError('the logits of this model are not finite')
+    logits[..., list(text.gaps)] = -torch.inf
     filled = torch.where(y >= 0, logits[..., :text.size].argmax(dim=-1), x)
     return [tokens.decode(text, ids[0].tolist()) for ids in (x, filled)]

@@ -1,0 +1,52 @@
+"""The saved weights of any model: compared with its own, then loaded; whether numbers are finite."""
+
+import math
+
+import torch
+
+
+def load(model, state):
+    """
+    Load weights {name: tensor} into a model, which may fit them first (model.fitted). Raises ValueError, TypeError or
+    RuntimeError in words where names, shapes or kinds of numbers are not the model's, or a parameter is not finite.
+    """
+    state, own = model.fitted(state), model.state_dict()
+    for name in own.keys() & state.keys():  # torch would round or cut off without a word
+        if kind_of(own[name]) != kind_of(state[name]):
+            raise ValueError(f'{name} is {words(state[name])}, and must be {words(own[name])}')
+    model.load_state_dict(state)
+    for name, parameter in model.named_parameters():  # seen here, since float32 may not hold what float64 did
+        if not is_finite(parameter):
+            raise ValueError(f'{name} holds numbers that are not finite')
+
+
+def is_finite(tensor, or_infinite=False):
+    """
+    Whether all numbers are; or_infinite: whether none is NaN. Without a copy of the tensor: NaN is both the lowest and
+    the highest. No more is read than is stored, however large a view of it is. A tensor without numbers (meta), or of
+    codes for them (quantized), is none.
+    """
+    tensor = tensor.detach()
+    if tensor.is_meta or tensor.is_quantized:
+        return False
+    if tensor.layout != torch.strided:
+        tensor = tensor._values() if tensor.is_sparse else tensor.values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        tensor = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+    lowest, highest = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()  # float8 has none
+    return not math.isnan(lowest) if or_infinite else math.isfinite(lowest) and math.isfinite(highest)
+
+
+def kind_of(tensor):
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
+def words(value):
+    """'float32 of shape (2, 3)', or the type of what is no tensor."""
+    if isinstance(value, torch.Tensor):
+        return f'{str(value.dtype).removeprefix("torch.")} of shape {tuple(value.shape)}'
+    return f'of type {type(value).__name__}'
