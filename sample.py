@@ -77,6 +77,8 @@ for path, saved in loaded.items():
 
 # nanoGPT's checkpoints do not hold their tokenizer, but they name the dataset
 dataset = saved.get('config', {}).get('dataset', '')
+if not dataset and 'meta' not in saved:
+    overrides.fail(f'{path} names neither its tokenizer nor its dataset, so nobody knows what its ids mean')
 meta = saved.get('meta') or tokens.read_meta(tokens.dataset_folder(dataset))
 if meta is tokens.GPT2 and init_from == 'resume':
     print(f"{path} names no tokenizer that is here: its ids are taken for GPT-2's")

@@ -35,7 +35,6 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import chaos
 import torch
-import zygote
 from conftest import ROOT, TINY, copy_folder, some_text
 
 from kit.base import overrides
@@ -62,7 +61,6 @@ class Launch(NamedTuple):
 
 def child(job):
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    zygote.traceback.print_exc = lambda: sys.excepthook(*sys.exc_info())  # as Python itself would tell it
     chaos.forked(job)
 
 

@@ -359,7 +359,7 @@ def execute(word, names, kind='config'):
 
 
 def nearest(name, names):
-    close = difflib.get_close_matches(str(name)[:80].replace('-', '_'), names, n=1)
+    close = difflib.get_close_matches(str(name)[:80].replace('-', '_'), names, n=1, cutoff=0.55)
     return f'; did you mean {close[0]}?' if close else ''
 
 

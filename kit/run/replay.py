@@ -51,7 +51,8 @@ def find_past(out_dir, step):
         runlogs.read_records(out_dir, history)
         made = max([*kept, *(history.get('loss')[0] + 1)])
         after = [number for number in kept if number > step]
-        settings = checkpoints.peek(kept[min(after)])['config'] if after else runlogs.read_config(out_dir)['settings']
+        settings = checkpoints.peek(kept[min(after)]).get('config') if after else (
+            runlogs.read_config(out_dir)['settings'])
         if made < 0 or not settings:
             overrides.fail(f'{out_dir} holds no run; --out_dir=FOLDER names one')
         if not all(isinstance(settings.get(name, ''), str) for name in ('init_from', 'weights')):

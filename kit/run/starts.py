@@ -50,6 +50,8 @@ def find_start(config, trains, GPTConfig):
         if past is None:
             path, saved = checkpoints.newest(out_dir)
         print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
+        if 'config' not in saved:
+            print(f'{path} names no settings: all are those of this command')
         init_from = saved.get('config', {}).get('init_from', 'scratch')
     elif init_from.endswith('.pt'):
         found = checkpoints.load(init_from)
@@ -67,7 +69,7 @@ def find_start(config, trains, GPTConfig):
         fixed = [name for name in shape if is_resume or name not in GPTConfig.RESIZABLE]
         config = adopt_from(saved.get('config'), saved['model_args'], config, GPTConfig, fixed)
     if is_resume and config['max_minutes'] and saved.get('fitted_minutes') == config['max_minutes']:
-        config['max_iters'] = saved['config']['max_iters']  # whatever is given here
+        config['max_iters'] = saved.get('config', config)['max_iters']  # whatever is given here
     if trains and config['wandb_log']:
         check_wandb()
     return config | {'init_from': init_from}, saved, is_resume, past

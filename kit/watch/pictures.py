@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import numpy as np
 
 from kit.base import files
-from kit.base.errors import explained
 from kit.watch import curves
 from kit.watch.curves import ABSENT, ACCURACY, LOSS, NORM, PANELS, RATE, SPEED
 
@@ -231,8 +230,10 @@ def lr_finder(rates, losses, curve, suggested, path=None):
 @contextmanager
 def style():
     """The look that all pictures share, while one is drawn."""
-    with explained('matplotlib cannot be imported', 'look at MPLBACKEND in the environment'):
+    try:
         import matplotlib
+    except ValueError as error:  # such as MPLBACKEND=x
+        raise OSError(f'matplotlib cannot be imported: {error}') from None
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph')  # a character that the font lacks is drawn as a box
         yield
