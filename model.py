@@ -61,6 +61,10 @@ class GPTConfig:
         if self.gelu_approximate not in ('none', 'tanh'):
             raise ValueError(f"gelu_approximate = {self.gelu_approximate!r} should be 'none' or 'tanh'")
 
+    def least_numbers(self):
+        """No model of this configuration has fewer; known before one is made, which may take for ever."""
+        return self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
+
     def args(self):
         """model_args of a checkpoint: nanoGPT's fields, so that it can read them; others where they are no defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self)

@@ -83,10 +83,10 @@ meta = saved.get('meta') or tokens.read_meta(tokens.dataset_folder(dataset))
 if meta is tokens.GPT2 and init_from == 'resume':
     print(f"{path} names no tokenizer that is here: its ids are taken for GPT-2's")
 for other, saved in loaded.items():
-    if meta['vocab_size'] > saved['model_args']['vocab_size']:
-        overrides.fail(f'{other}: its tokenizer stands in data/{dataset}/meta.pkl, which is not here; copy the folder')
     if not tokens.is_same_tokenizer(saved.get('meta', meta)['tokenizer'], meta['tokenizer']):
         overrides.fail(f'{other} and {path} have different tokenizers; only models that read the same ids can be mixed')
+    if meta['vocab_size'] > saved['model_args']['vocab_size']:
+        overrides.fail(f'{other}: its tokenizer stands in data/{dataset}/meta.pkl, which is not here; copy the folder')
 with explained(f'the files of the tokenizer {meta["tokenizer"].get("name", "")} could not be downloaded',
                'give a folder FLATGPT_MIRROR with them in tiktoken/'):
     text = tokens.tokenizer(meta['tokenizer'])

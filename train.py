@@ -222,7 +222,7 @@ def save(names):
     """Write all that a resume needs, under these names. Returns whether that went well."""
     if not ranks.is_main:
         return True
-    journal.read()  # first: after a kill the records up to here could not be made again
+    journal.sync()  # first: after a kill the records up to here could not be made again
     print(f'saving checkpoint to {out_dir} ({", ".join(names)})')
     is_saved = checkpoints.save({
         'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),

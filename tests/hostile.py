@@ -107,16 +107,17 @@ def is_of_a_library(line):
 
 
 def tree(folder):
-    """{path: sha256} of the files under a folder; of links where they lead."""
+    """{path in the folder: sha256} of the files there; of links where they lead."""
     found = {}
     for top, folders, names in os.walk(folder):
         for path in (os.path.join(top, name) for name in names + folders):
             if re.search(r'/std(out|err)\.\d+$', path):  # what begin has opened
                 continue
+            name = os.path.relpath(path, folder)
             if os.path.islink(path):
-                found[path] = os.readlink(path)
+                found[name] = os.readlink(path)
             elif os.path.isfile(path):
-                found[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+                found[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return found
 
 
@@ -128,11 +129,11 @@ def lost(before, after, launch):
         gone, new = ([path for path in paths if not path.endswith('/.lock')] for paths in (gone, new))
         return f'status 2, and it wrote {new[:3]}, and took {gone[:3]}' if gone or new else ''
     words = ' '.join(map(str, launch.words))
-    rewrites = {'train.py': r'/(?!data/|text).*' if re.search('resume|auto|=ckpt', words) else r'/runs/.*',
-                'prepare.py': r'/data/.*' if '--overwrite' in words else 'nothing',
-                'checkpoint_averaging.py': r'.*\.pt', 'plot_loss.py': r'.*\.png', 'sample.py': 'nothing',
-                'sweep.py': r'.*/sweeps/.*'}[launch.script]
-    gone = [path for path in gone if not re.search(rewrites, path) and not path.endswith('.lock')]
+    rewrites = {'train.py': r'work/(?!data/).*/.*' if re.search('resume|auto|=ckpt', words) else r'work/runs/.*',
+                'prepare.py': r'work/data/.*' if '--overwrite' in words else 'nothing',
+                'checkpoint_averaging.py': r'.*/averaged_model\.pt', 'plot_loss.py': r'.*\.png', 'sample.py': 'nothing',
+                'sweep.py': r'work/sweeps/.*'}[launch.script]
+    gone = [path for path in gone if not re.fullmatch(rewrites, path) and not path.endswith('.lock')]
     if launch.script == 'sample.py' and new:
         return f'it wrote {new[:3]}'
     return f'it took {gone[:3]}' if gone else ''
@@ -398,7 +399,7 @@ def other_type(draw, thing):
 
 def damage(path, draw):
     """Do something to a file; says what."""
-    data = path.read_bytes()
+    data = path.read_bytes() or b'\0'
     there = draw.randrange(max(1, len(data)))
     kind = draw.choice(['bits', 'bit', 'cut', 'empty', 'garbage', 'doubled', 'zeros', 'mark', 'utf16', 'latin', 'deep',
                         'folder', 'missing', 'circle', 'pipe', 'tail', 'hole'] + ['types'] * 8 * path.name.endswith(
@@ -523,7 +524,7 @@ def pairs(report, source, folder, draw, number):
 
 
 def tree_names(folder):
-    return {os.path.relpath(path, folder): digest for path, digest in tree(folder).items() if path.endswith('.bin')}
+    return {path: digest for path, digest in tree(folder).items() if path.endswith('.bin')}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,12 @@ def test_windows_lie_inside(n_tokens, block_size, rows, seed, step):
         assert starts.shape == (rows,) and starts.min() >= 0 and starts.max() + block_size + 1 <= n_tokens
 
 
+def test_unigram_entropy():
+    ids = np.repeat(np.arange(4), [500, 250, 125, 125])
+    assert batches.unigram_entropy(ids) == pytest.approx(1.75 * np.log(2))  # bits of this distribution
+    assert batches.unigram_entropy(np.zeros(100, np.uint16)) == 0
+
+
 def test_windows_are_nanogpts():
     data = np.random.default_rng(0).integers(65, size=1000).astype(np.uint16)
     starts = np.array([0, 5, 991, 5])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kit.learn import model_state
 from kit.state import checkpoints, folders
 
 
@@ -202,12 +203,17 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, capsys
         checkpoints.save(state(step), tmp_path, [f'step_{step:07d}.pt', 'ckpt.pt'])
     errors = MemoryError(), RuntimeError('can not allocate memory'), PermissionError(13, 'no'), OSError(24, 'too many')
     for error in errors:
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        with monkeypatch.context() as patch:
             def refuse(*args, error=error, **kwargs):
                 raise error
             patch.setattr(torch, 'load', refuse)
-            checkpoints.read(tmp_path / 'ckpt.pt', resume=True)
-        assert end.value.code == 2 and 'cannot be read' in capsys.readouterr().err
+            for find in lambda: checkpoints.load(tmp_path / 'ckpt.pt'), lambda: checkpoints.newest(tmp_path):
+                with pytest.raises(SystemExit) as end:
+                    find()
+                told = capsys.readouterr().err
+                assert end.value.code == 2 and 'cannot be read' in told and 'damaged' not in told
+            assert checkpoints.before(tmp_path, 11) == (None, {})  # in a run, which goes on: it is told
+            assert capsys.readouterr().out.count('cannot be read') == 3
 
 
 def test_what_lies_beyond_the_resumed_step_is_moved(tmp_path, capsys):
@@ -419,7 +425,7 @@ def test_a_long_name(train):
     (torch.tensor([1.0, math.inf]).to_sparse(), False), (torch.tensor([1.0]).to(torch.float8_e4m3fn), True),
 ])
 def test_whether_all_numbers_are_finite(tensor, expected):
-    assert checkpoints.is_finite(tensor) == expected
+    assert model_state.is_finite(tensor) == expected
 
 
 OF_ANOTHER_MODEL = [

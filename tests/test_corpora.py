@@ -141,7 +141,18 @@ def server(tmp_path):
             pass
 
         def do_GET(self):
-            if 'torn' in self.path:  # promises more than it sends
+            if 'chunks' in self.path:  # breaks off within one
+                self.protocol_version = 'HTTP/1.1'
+                self.send_response(200)
+                self.send_header('Transfer-Encoding', 'chunked')
+                self.end_headers()
+                self.wfile.write(b'5\r\nhello\r\n100\r\nwor')
+                self.close_connection = True
+            elif 'odd' in self.path:
+                self.send_response(200)
+                self.send_header('Content-Length', 'five')
+                self.end_headers()
+            elif 'torn' in self.path:  # promises more than it sends
                 self.send_response(200)
                 self.send_header('Content-Length', '1000')
                 self.end_headers()
@@ -160,12 +171,16 @@ def test_downloads_are_whole_or_not_there(server, tmp_path):
     good = hashlib.sha256(b'hello').hexdigest()
     downloads.fetch(f'{url}/text', tmp_path / 'got/text', good)
     assert (tmp_path / 'got/text').read_bytes() == b'hello'
-    for path, sha in ('text', '0' * 64), ('torn', ''), ('missing', good):
+    for path, sha in ('text', '0' * 64), ('torn', ''), ('missing', good), ('chunks', ''), ('odd', ''):
         with pytest.raises(OSError):
             downloads.fetch(f'{url}/{path}', tmp_path / 'got/other', sha)
         assert os.listdir(tmp_path / 'got') == ['text']
     with pytest.raises(OSError):
         downloads.fetch('http://127.0.0.1:9/nobody', tmp_path / 'got/other', good)
+    for path, word in ('chunks', 'IncompleteRead'), ('odd', 'five'), ('missing', '404'):
+        with pytest.raises(OSError, match=word):
+            downloads.fetch(f'{url}/{path}', tmp_path / 'new/other')
+        assert not (tmp_path / 'new').exists()
 
 
 def test_a_failed_download_says_what_to_do(run, tmp_path):
@@ -213,8 +228,9 @@ def test_openwebtext_streams_and_survives_interruption(run, tmp_path):
         assert not (tmp_path / 'data/openwebtext/train.bin').exists()  # not taken for whole
     result = run(script, 'openwebtext', env=env)
     assert result.status == 0 and '18 GB' in result.out
-    kept = int(re.search('going on after (.*) documents', result.out)[1].replace(',', ''))
-    assert 18_000 < kept < 21_000  # of the second launch
+    kept = int(re.search('going on after (.*) characters', result.out)[1].replace(',', ''))
+    lengths = np.cumsum([len(f'document {i} ' + 'word ' * (i % 7)) for i in range(21_000)])
+    assert lengths[18_000] < kept < lengths[-1]  # of the second launch
     encoding = tokens.tiktoken_encoding('gpt2')
     assert isinstance(encoding, tiktoken.Encoding)
     expected = {'train': [], 'val': [], 'test': []}

@@ -45,11 +45,13 @@ def test_faults_of_the_machine_are_one_line(tmp_path, error, status, lines):
 
 
 def test_closed_streams_are_the_null_device(tmp_path):
-    """Else the first file that is opened has the number of a stream, and gets what is printed."""
-    code = ('from kit.base import errors\nfile = open("file", "w")\nprint("printed"); sys.stderr.write("told")\n'
-            'assert sys.stdin.read() == ""\nimport os; os.system("echo from below")\nfile.write("mine")')
-    words = f'{sys.executable} -c \'import sys; sys.path.insert(0, "{ROOT}")\n{code}\' <&- >&- 2>&-'
-    assert subprocess.run(words, shell=True, cwd=tmp_path).returncode == 0
+    """Else the first file that is opened, here or in a child, has the number of a stream, and gets what is printed."""
+    (tmp_path / 'x.py').write_text(
+        f'import subprocess, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom kit.base import errors\n'
+        'file = open("file", "w")\nprint("printed")\nsys.stderr.write("told")\nassert sys.stdin.read() == ""\n'
+        'child = "assert open(\'below\', \'w\').fileno() > 2; print(1)"\n'
+        'subprocess.run([sys.executable, "-c", child], check=True)\nfile.write("mine")\n')
+    assert subprocess.run(f'{sys.executable} x.py <&- >&- 2>&-', shell=True, cwd=tmp_path).returncode == 0
     assert (tmp_path / 'file').read_text() == 'mine'
 
 
@@ -66,7 +68,7 @@ def test_files_are_whole_and_no_links(tmp_path):
     (tmp_path / 'link').symlink_to('mine')
     with pytest.raises(OSError, match='link'):
         files.open_own(tmp_path / 'link')
-    (tmp_path / '.link.part').symlink_to('mine')  # nor by the name under which it is written first
+    (tmp_path / f'.link.{os.getpid()}.part').symlink_to('mine')  # nor by the name under which it is written first
     files.write_whole(tmp_path / 'link', 'ours')
     assert (tmp_path / 'mine').read_text() == 'years of work' and (tmp_path / 'link').read_text() == 'ours'
     assert not (tmp_path / 'link').is_symlink() and sorted(os.listdir(tmp_path)) == ['link', 'mine']

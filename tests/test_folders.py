@@ -26,13 +26,18 @@ def prepare(run, folder, text, *args, name='tiny'):
 # places
 
 
-@pytest.mark.parametrize('place', ['data', 'runs', 'kit', 'config', 'data/tiny', '..'])
+@pytest.mark.parametrize('place', ['data', 'runs', 'kit', 'config', 'data/tiny', '..', 'link'])
 def test_a_run_is_not_written_among_other_things(train, tiny, place):
+    if place == 'link':  # to data, which is one itself
+        (tiny / 'data').rename(tiny / 'disk')
+        (tiny / 'data').symlink_to('disk')
+        (tiny / 'link').symlink_to('data')
     (tiny / place).mkdir(parents=True, exist_ok=True)
     before = sorted(tiny.rglob('*'))
-    result = train(f'--out_dir={place}')
-    assert result.status == 2 and 'out_dir' in result.err and len(result.err.splitlines()) == 1
-    assert sorted(tiny.rglob('*')) == before
+    for more in '--max_iters=1', '--find_lr':
+        result = train(f'--out_dir={place}', more)
+        assert result.status == 2 and 'out_dir' in result.err and len(result.err.splitlines()) == 1
+        assert sorted(tiny.rglob('*')) == before
 
 
 @pytest.mark.parametrize('name', ['training.log', 'metrics.jsonl', 'config.json', 'source.zip', 'mine.pt'])
@@ -98,6 +103,7 @@ def test_the_folder_of_the_last_launch(tmp_path, monkeypatch, last):
 
 @pytest.mark.parametrize('name, begin', [
     ('exp1', 'exp1-2'), ('../../x', '_.._x-2'), ('/etc/x', '_etc_x-2'), ('x' * 300, 'x' * 100 + '-2'), ('..', '-2'),
+    ('\u732b' * 90, '\u732b' * 33 + '-2'),
     ('lr=1e-3,bs=8', 'lr=1e-3,bs=8-2'), ('a\x00b\n', 'a_b_-2'), ('\udcff', '_-2'), ('Größe', 'Größe-2')])
 def test_names_of_runs(tmp_path, monkeypatch, name, begin):
     monkeypatch.chdir(tmp_path)
@@ -187,10 +193,11 @@ def test_checkpoints_of_before_go_by_what_they_have(train, run, tiny):
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs SIGKILL')
-@pytest.mark.parametrize('interval', [7, 1000])
-def test_a_kill_after_a_save_loses_no_record(train, run, tiny, interval):
-    """And the shares of clipped updates are those of the run that was not killed."""
-    args = [f'--log_interval={interval}', '--eval_interval=0', '--save_interval=20', '--grad_clip=0.6']
+@pytest.mark.parametrize('interval', [7, 10, 1000])
+def test_a_kill_after_a_save_loses_no_record(train, tiny, interval):
+    """And the shares of clipped updates, told at each iter line, are those of the run that was not killed."""
+    args = [f'--log_interval={interval}', '--eval_interval=0', '--save_interval=20', '--grad_clip_quantile=0.5',
+            '--decay_lr=False']
     command = [sys.executable, ROOT / 'train.py', '--dataset=tiny', *TINY, *args, '--max_iters=100000', '--out_dir=cut']
     process = subprocess.Popen(command, cwd=tiny, stdout=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '1'})
     while not (tiny / 'cut/step_0000060.pt').exists():
@@ -198,14 +205,57 @@ def test_a_kill_after_a_save_loses_no_record(train, run, tiny, interval):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    last = torch.load(tiny / 'cut/ckpt.pt', weights_only=True)['iter_num']
-    steps = last + 10
-    assert train(*args, '--max_iters=100000', '--init_from=resume', f'--max_iters={steps}', '--out_dir=cut').status == 0
-    assert train(*args, '--lr_decay_iters=100000', f'--max_iters={steps}', '--out_dir=whole').status == 0
-    updates = [{record['step']: record for record in records(tiny / name) if 'loss' in record}
-               for name in ('whole', 'cut')]
-    assert list(updates[0]) == sorted(updates[1]) == list(range(steps))
-    for step in range(last):  # behind it the rate has another way to go
-        whole, cut = ({name: value for name, value in some[step].items() if name not in OF_THE_MACHINE}
-                      for some in updates)
-        assert whole == cut
+    steps = torch.load(tiny / 'cut/ckpt.pt', weights_only=True)['iter_num'] + 2 * min(interval, 20)
+    assert train(*args, '--init_from=resume', f'--max_iters={steps}', '--out_dir=cut').status == 0
+    assert train(*args, f'--max_iters={steps}', '--out_dir=whole').status == 0
+    whole, cut = ({record['step']: {name: value for name, value in record.items() if name not in OF_THE_MACHINE}
+                   for record in records(tiny / name) if 'loss' in record} for name in ('whole', 'cut'))
+    assert list(whole) == sorted(cut) == list(range(steps)) and sum('clip_rate' in one for one in whole.values()) > 1
+    assert whole == cut
+
+
+def test_a_test_on_another_text_says_so(train, run, tiny):
+    assert train().status == 0
+    assert 'another text' not in run('train.py', '--test', '--device=cpu').out
+    prepare(run, tiny, some_text(seed=1), '--overwrite')
+    result = run('train.py', '--test', '--device=cpu')
+    assert result.status == 0 and 'tiny is another text than that which checkpoints/best.pt has read' in result.out
+
+
+def test_what_names_no_dataset_is_asked_for_it(run, tiny, trained):
+    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    del saved['config']
+    for path in trained.glob('*.pt'):
+        path.unlink()
+    torch.save(saved, trained / 'ckpt.pt')
+    before = sorted(tiny.rglob('*'))
+    result = run('train.py', '--init_from=resume', '--max_iters=12', '--device=cpu')
+    assert result.status == 2 and '--dataset=NAME' in result.err and sorted(tiny.rglob('*')) == before
+    result = run('train.py', '--init_from=resume', *TINY, '--dataset=tiny', '--max_iters=12')
+    assert result.status == 0 and 'names no settings' in result.out, result.err
+
+
+def test_a_best_in_a_folder_that_is_no_utf8_is_kept(train, run, tiny):
+    """All scripts read there, and what was better stays."""
+    name = os.fsdecode(b'caf\xe9')
+    assert train(f'--out_dir={name}').status == 0
+    best = torch.load(open(tiny / name / 'best.pt', 'rb'), weights_only=True)
+    best['best_val_loss'] = 0.001
+    (tiny / name / 'best.pt').unlink()
+    with open(tiny / name / 'best.pt', 'wb') as file:
+        torch.save(best, file)
+    shutil.copy(tiny / name / 'step_0000005.pt', tiny / name / 'other')
+    for path in (tiny / name).glob('step_*10.pt'):
+        path.unlink()
+    os.replace(tiny / name / 'other', tiny / name / 'ckpt.pt')
+    result = run('train.py', '--init_from=resume', f'--out_dir={name}', '--max_iters=10', '--device=cpu')
+    assert result.status == 0 and 'stays: it is better' in result.out, result.err
+    for words in (['sample.py', '--max_new_tokens=3'], ['train.py', '--test'], ['train.py', '--inspect_step=6']):
+        result = run(*words, f'--out_dir={name}', '--device=cpu')
+        assert result.status == 0 and result.err == '', result.err
+    assert run('checkpoint_averaging.py', f'--checkpoint_dir={name}', '--num_checkpoints=2').status == 0
+
+
+def test_a_home_that_no_shell_has_written_out(train, tiny):
+    result = train('--out_dir=~/exp1')
+    assert result.status == 2 and 'the shell' in result.err and not (tiny / '~').exists()

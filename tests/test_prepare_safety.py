@@ -124,13 +124,27 @@ def test_a_file_of_ours_that_somebody_changed_is_theirs(prepare, place, name):
     assert not prepare('pairs.tsv') and (place / 'data/x/val.rows.npy').exists()
     change(place / 'data/x' / name)
     before = content(place / 'data')
-    assert 'was not made' in (refused := prepare(overwrite=True)) and content(place / 'data') == before
+    assert 'not made by prepare.py' in (refused := prepare(overwrite=True)) and content(place / 'data') == before
     (place / 'data/x' / name).unlink()
     if name != 'meta.json':  # then nothing shows any longer whose the others are
         assert name in refused and not prepare(overwrite=True)
         assert content(place / 'data/x').keys() == {'train.bin', 'val.bin', 'test.bin', 'meta.json', 'meta.pkl'}
     else:
         assert 'data/x/meta.pkl' in prepare(overwrite=True)
+
+
+def test_all_that_is_in_the_way_is_named(prepare, place):
+    put(place / 'data/x', **{f'{name}_train.bin': 'mine' for name in 'edcba'})
+    refused = prepare(overwrite=True)
+    assert 'data/x/a_train.bin, data/x/b_train.bin, data/x/c_train.bin and 2 more were not made by' in refused
+
+
+def test_a_large_file_that_somebody_changed_is_theirs_too(prepare, place, monkeypatch):
+    monkeypatch.setattr(tokens, 'HASH_UP_TO', 100)  # above it a start looks at the size alone
+    assert not prepare()
+    change(place / 'data/x/train.bin')
+    before = content(place / 'data')
+    assert 'data/x/train.bin' in prepare(overwrite=True) and content(place / 'data') == before
 
 
 def test_datasets_of_before_are_ours(prepare, place):
@@ -298,7 +312,7 @@ def test_a_kill_at_any_moment(prepare, killed, place, monkeypatch, name):
 
 def test_what_a_kill_has_left_goes_with_the_next_command(prepare, killed, place):
     """Whichever that is, where it cannot be gone on with: nothing stays for ever."""
-    put(place / 'data/x/.part', **{'.lock': '', 'input.txt': 'half of what', '.progress.json.part': '{'})
+    put(place / 'data/x/.part', **{'.lock': '', 'input.txt': 'half of what', '.progress.json.12.part': '{'})
     assert 'nowhere.txt' in prepare('nowhere.txt') and os.listdir(place / 'data') == []
     put(place / 'data/x/.part', **{'.lock': '', 'input.txt': 'half of what', 'done/train.bin': 'half'})
     assert not prepare() and not (place / 'data/x/.part').exists()
@@ -306,7 +320,7 @@ def test_what_a_kill_has_left_goes_with_the_next_command(prepare, killed, place)
     assert 'already' in prepare() and not (place / 'data/x/.part').exists()
 
 
-def half_made(prepare, place, monkeypatch):
+def half_made(prepare, place, monkeypatch, **settings):
     """data/x/.part, of which a note says that it can be gone on with."""
     (place / 'rows.jsonl').write_text(''.join(json.dumps({'text': some_text(200, i)}) + '\n' for i in range(300)))
     lay_out = bins.lay_out
@@ -314,7 +328,7 @@ def half_made(prepare, place, monkeypatch):
     def full(*args):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(bins, 'lay_out', full)
-    assert 'goes on' in prepare('rows.jsonl')
+    assert 'goes on' in prepare('rows.jsonl', **settings)
     monkeypatch.setattr(bins, 'lay_out', lay_out)
     return place / 'data/x/.part'
 
@@ -332,11 +346,28 @@ def test_a_foreign_file_that_comes_meanwhile(prepare, place, monkeypatch):
     (place / 'data/x/val.bin').unlink()
     monkeypatch.setattr(places, 'install', late)
     refused = prepare('rows.jsonl')
-    assert 'data/x/val.bin' in refused and '300 documents are kept' in refused
+    assert 'data/x/val.bin' in refused and f'{300 * 200:,} characters are kept' in refused
     assert (place / 'data/x/val.bin').read_text() == 'mine' and not (place / 'data/x/train.bin').exists()
     monkeypatch.setattr(places, 'install', install)
     (place / 'data/x/val.bin').unlink()
     assert not prepare('rows.jsonl') and tokens.read_dataset(place / 'data/x')
+
+
+@pytest.mark.parametrize('damage', ['two tokens', 'cut off'])
+def test_a_damaged_tokenizer_is_said_and_not_believed(prepare, place, monkeypatch, capsys, damage):
+    """That of a half-made dataset: other ids would come, or none could be read."""
+    pytest.importorskip('tokenizers')
+    make = functools.partial(prepare, 'rows.jsonl', tokenizer='bpe', vocab_size=300)
+    part = half_made(prepare, place, monkeypatch, tokenizer='bpe', vocab_size=300)
+    text = (part / 'progress.json').read_text()
+    ranks = json.loads(text.partition('\n')[0])['tokenizer']['ranks'].split('\n')
+    swapped = text.replace('\\n'.join(ranks[-2:]), '\\n'.join(ranks[:-3:-1]))
+    assert swapped != text
+    (part / 'progress.json').write_text(swapped if damage == 'two tokens' else text[:2000])
+    corpora.prepare('x', 'rows.jsonl', tokenizer='bpe', vocab_size=300)
+    assert 'progress.json is damaged' in capsys.readouterr().out
+    resumed = content(place / 'data/x')
+    assert not make(overwrite=True) and content(place / 'data/x') == resumed
 
 
 @pytest.mark.parametrize('damage', ['one number', 'cut off', 'other JSON', 'no text'])
@@ -371,6 +402,18 @@ def test_another_process_is_preparing(run, place, words):
     lock.close()
     if name == 'x':
         assert run('prepare.py', *words).status == 0 and not part.exists()
+
+
+@pytest.mark.parametrize('name', ['book', 'openwebtext'])
+def test_a_first_run_on_a_set_that_is_being_made(run, place, name):
+    (place / f'data/{name}/.part').mkdir(parents=True)
+    lock = files.lock(place / f'data/{name}/.part')
+    result = run('train.py', f'--dataset={name}', *TINY)
+    assert result.status == 2 and result.err.count('\n') == 1, result.err
+    assert f"dataset = '{name}': another process is preparing it; wait" in result.err
+    lock.close()
+    assert 'prepare.py' in (left := run('train.py', f'--dataset={name}', *TINY).err) and 'another process' not in left
+    assert os.listdir(place / f'data/{name}/.part') == ['.lock']  # a look changes nothing
 
 
 def test_three_first_runs_at_once_make_the_dataset_once(zygote, tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model as gpt
-from kit.data import batches, readers, tokens
+from kit.data import batches, bins, readers, tokens
 from kit.watch import evaluation
 
 EOT = 256  # of the byte tokenizer
@@ -265,31 +265,9 @@ def test_a_meta_json_that_is_none(tmp_path, refused, text):
     assert 'meta.json is damaged or foreign' in refused()
 
 
-@pytest.mark.parametrize('changes', [
-    {'vocab_size': 0}, {'vocab_size': '257'}, {'vocab_size': True}, {'vocab_size': 10**12}, {'vocab_size': 257.0},
-    {'vocab_size': 5}, {'format': [1]}, {'dtype': 'float32'}, {'dtype': None}, {'dtype': {}}, {'files': []},
-    {'files': {'train': 5}}, {'files': {'train': {'tokens': 'x', 'sha256': ''}}}, {'files': {'train': {}}},
-    {'documents': 5}, {'pairs': 'x'}, {'separator': 5}, {'end_of_text': -1}, {'end_of_text': 257},
-    {'end_of_text': '256'}, {'documents': {'train': 5}, 'end_of_text': None}, {'tokenizer': 'gpt2'}, {'tokenizer': {}},
-    {'tokenizer': None}, {'tokenizer': {'kind': 'x'}}, {'tokenizer': {'kind': ['byte']}},
-    {'tokenizer': {'kind': 'ids'}}, {'tokenizer': {'kind': 'ids', 'size': '5'}},
-    {'tokenizer': {'kind': 'ids', 'size': 10**9}}, {'tokenizer': {'kind': 'char', 'chars': [*'a' * 256, 5]}},
-    {'tokenizer': {'kind': 'char'}}, {'tokenizer': {'kind': 'char', 'chars': 'a' * 257}},
-    {'tokenizer': {'kind': 'char', 'chars': [5] * 257}}, {'tokenizer': {'kind': 'char', 'chars': [['a']] * 257}},
-    {'tokenizer': {'kind': 'char', 'chars': ['a']}}, {'tokenizer': {'kind': 'word', 'words': [5] * 257}},
-    {'tokenizer': {'kind': 'word', 'words': []}}, {'tokenizer': {'kind': 'bpe'}},
-    {'tokenizer': {'kind': 'bpe', 'name': 5}}, {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': '%%%'}},
-    {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': 'YQ==', 'pattern': '.', 'special': {}}},
-    {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': 5, 'pattern': '.', 'special': {}}},
-    {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': 'YQ==', 'pattern': '(', 'special': {tokens.END: -1}}},
-    {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': 'YQ==', 'pattern': '(', 'special': {tokens.END: 10**9}}},
-    {'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': 'YQ==', 'pattern': '(', 'special': {tokens.END: 'x'}}},
-])
-def test_entries_of_another_type(tmp_path, refused, changes):
-    write_dataset(tmp_path / 'x', {'train': [7] * 90, 'val': [7] * 90}, **changes)
-    for path in (tmp_path / 'x').iterdir():
-        path.rename(tmp_path / path.name)
-    assert 'meta.json is damaged or foreign' in refused()
+def test_a_name_that_no_folder_can_have(tmp_path):
+    """As of the dataset in a checkpoint: there is none."""
+    assert tokens.read_meta(tmp_path / ('x' * 300)) is tokens.GPT2 and not tokens.exists(tmp_path / ('x' * 300))
 
 
 def with_gaps():
@@ -297,6 +275,45 @@ def with_gaps():
     ranks = {bytes([i]): i for i in range(256)} | {b'ab': 260}
     return tokens.describe_bpe(tiktoken.Encoding('gap', pat_str=r'\S+|\s+', mergeable_ranks=ranks,
                                                  special_tokens={tokens.END: 300, '<|other|>': 302}))
+
+
+@pytest.mark.parametrize('changes, word', [
+    ({'vocab_size': 0}, 'vocab_size is 0'), ({'vocab_size': '257'}, "is '257'"), ({'vocab_size': True}, 'is True'),
+    ({'vocab_size': 10**12}, 'vocab_size is 1000'), ({'vocab_size': 257.0}, 'is 257.0'), ({'vocab_size': 5}, '5 ids'),
+    ({'format': [1]}, 'format [1]'), ({'dtype': 'float32'}, "'float32'"), ({'dtype': None}, 'dtype is None'),
+    ({'dtype': {}}, 'dtype is {}'), ({'files': []}, 'files is []'), ({'files': {'train': 5}}, 'a dict should'),
+    ({'files': {'train': {'tokens': 'x', 'sha256': ''}}}, "tokens is 'x'"), ({'files': {'train': {}}}, "'tokens'"),
+    ({'documents': 5}, 'documents is 5'), ({'pairs': 'x'}, "pairs is 'x'"), ({'separator': 5}, 'separator is 5'),
+    ({'end_of_text': -1}, 'end_of_text is -1'), ({'end_of_text': 257}, 'is 257'), ({'end_of_text': '256'}, "'256'"),
+    ({'end_of_text': True}, 'end_of_text is True'), ({'documents': {'train': 5}, 'end_of_text': None}, 'no end_of'),
+    ({'tokenizer': 'gpt2'}, "tokenizer is 'gpt2'"), ({'tokenizer': {}}, "'kind'"), ({'tokenizer': None}, 'is None'),
+    ({'tokenizer': {'kind': 'x'}}, "of kind 'x'"), ({'tokenizer': {'kind': ['byte']}}, "kind is ['byte']"),
+    ({'tokenizer': {'kind': 'ids'}}, "'size'"), ({'tokenizer': {'kind': 'ids', 'size': '5'}}, "size is '5'"),
+    ({'tokenizer': {'kind': 'ids', 'size': 10**9}}, 'beyond the vocabulary of 257'),
+    ({'tokenizer': {'kind': 'char'}}, "'chars'"), ({'tokenizer': {'kind': 'char', 'chars': 'a' * 257}}, 'chars is'),
+    ({'tokenizer': {'kind': 'char', 'chars': [*'a' * 256, 5]}}, 'item 256'),
+    ({'tokenizer': {'kind': 'char', 'chars': [['a']] * 257}}, 'list found'),
+    ({'tokenizer': {'kind': 'char', 'chars': ['a']}}, '1 ids, fewer than'),
+    ({'tokenizer': {'kind': 'char', 'chars': [''] * 257}}, 'none of its ids has a token'),
+    ({'tokenizer': {'kind': 'word', 'words': [5] * 257}}, "'int'"),
+    ({'tokenizer': {'kind': 'word', 'words': []}}, 'none of its ids'),
+    ({'tokenizer': {'kind': 'word', 'words': [''] * 257}}, 'none of its ids'),
+    ({'tokenizer': {'kind': 'bpe'}}, 'has no name'), ({'tokenizer': {'kind': 'bpe', 'name': ''}}, 'has no name'),
+    ({'tokenizer': {'kind': 'bpe', 'name': 5}}, 'name is 5'),
+    ({'tokenizer': {'kind': 'bpe', 'name': 'x', 'ranks': '%%%'}}, "'pattern'"),
+    ({'tokenizer': with_gaps() | {'ranks': '%%%'}, 'vocab_size': 303}, 'base64'),
+    ({'tokenizer': with_gaps() | {'ranks': 'YQ=='}, 'vocab_size': 303}, 'no token for the byte 0'),
+    ({'tokenizer': with_gaps() | {'ranks': 5}, 'vocab_size': 303}, 'ranks is 5'),
+    ({'tokenizer': with_gaps() | {'special': {tokens.END: -1}}, 'vocab_size': 303}, 'special tokens lie beyond'),
+    ({'tokenizer': with_gaps() | {'special': {tokens.END: 10**9}}, 'vocab_size': 303}, 'special tokens lie beyond'),
+    ({'tokenizer': with_gaps() | {'special': {tokens.END: 'x'}}, 'vocab_size': 303}, "'str'"),
+])
+def test_entries_of_another_type(tmp_path, refused, changes, word):
+    write_dataset(tmp_path / 'x', {'train': [7] * 90, 'val': [7] * 90}, **changes)
+    for path in (tmp_path / 'x').iterdir():
+        path.rename(tmp_path / path.name)
+    line = refused()
+    assert 'meta.json is damaged or foreign' in line and word in line
 
 
 DESCRIPTIONS = {
@@ -328,7 +345,7 @@ def test_the_end_of_a_document_is_text_where_it_stands_in_one(kind):
     ids = text.encode(f'{tokens.END}the{tokens.END}')
     assert text.end is not None and text.end not in ids and len(ids) > 3
     assert tokens.decode(text, ids).replace(' ', '') == f'{tokens.END}the{tokens.END}'
-    batch = tokens.encode_batch([('the', True), (f'the{tokens.END}', False)], text, text.end, np.uint16)
+    batch = bins.encode_batch([('the', True), (f'the{tokens.END}', False)], text, text.end, np.uint16)
     assert batch.tolist() == text.encode('the') + [text.end] + text.encode(f'the{tokens.END}')
 
 

@@ -103,6 +103,17 @@ def changed(fox, name, **changes):
     return f'--checkpoint={name}'
 
 
+def test_models_of_two_tokenizers_are_not_mixed(refused, fox):
+    """In either order: no file is asked for that would not help."""
+    saved = torch.load(fox / 'checkpoints/ckpt.pt', weights_only=True)
+    by_byte = changed(fox, 'byte.pt', meta={'vocab_size': 257, 'tokenizer': {'kind': 'byte'}},
+                      model_args=saved['model_args'] | {'vocab_size': 257},
+                      model=GPT(GPTConfig(**saved['model_args'] | {'vocab_size': 257})).state_dict())
+    for words in f'{by_byte},checkpoints/ckpt.pt', '--checkpoint=checkpoints/ckpt.pt,byte.pt':
+        line = refused(words, '--start=the')
+        assert 'checkpoints/ckpt.pt' in line and 'byte.pt' in line and 'have different tokenizers' in line
+
+
 def test_the_end_of_a_document_in_a_prompt(sample, refused, fox):
     """Plain text, unless a separator makes it the end of a document: that of the dataset, or of this command."""
     meta = torch.load(fox / 'checkpoints/ckpt.pt', weights_only=True)['meta']
@@ -158,7 +169,6 @@ def test_a_model_that_has_diverged(refused, fox, temperature):
 
 
 def test_the_end_of_a_run_that_has_diverged(train, run, tiny):
-    train('--learning_rate=1e6', '--warmup_iters=0', '--max_iters=4', '--eval_interval=0')
     result = train('--learning_rate=1e6', '--warmup_iters=0', '--max_iters=4', '--eval_interval=0')
     assert 'no sample: ' in result.out and 'Traceback' not in result.err
 

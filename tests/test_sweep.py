@@ -915,8 +915,19 @@ def test_a_lock_that_is_a_link_holds_nobody(tmp_path):
 
 
 def test_a_short_run_that_diverges(run, tiny):
-    """It ends before max_bad_steps: with status 0, and no loss."""
-    words = ' '.join([*TINY, '--dataset=tiny', '--warmup_iters=0', '--eval_iters=1'])
-    (tiny / 'x.py').write_text(f'config = {words!r}\nlearning_rate = [1e6, 1e30]\n')
+    """It ends before max_bad_steps: with no loss, and status 0, or 1 where its weights are none to be saved."""
+    words = ' '.join([*TINY, '--dataset=tiny', '--warmup_iters=0', '--eval_iters=1', '--grad_clip=0.0'])
+    (tiny / 'x.py').write_text(f'config = {words!r}\nlearning_rate = [1e6, 1e38]\n')
     result = run('sweep.py', 'x.py')
     assert 'crashed' not in result.out and result.out.count('diverged: val/loss is') == 2, result.out + result.err
+
+
+def test_what_lies_in_the_folder_of_a_run_to_come_stays(run, tiny):
+    words = ' '.join([*TINY, '--dataset=tiny', '--max_iters=2'])
+    (tiny / 'x.py').write_text(f'config = {words!r}\nlearning_rate = [1e-3, 2e-3]\n')
+    assert run('sweep.py', 'x.py', '--max_runs=1').status == 0
+    mine = tiny / 'sweeps/x/002-learning_rate=0.002-1337'
+    mine.mkdir()
+    (mine / 'notes.txt').write_text('mine')
+    assert run('sweep.py', 'x.py').status == 0
+    assert (mine / 'notes.txt').read_text() == 'mine' and (mine / 'ckpt.pt').exists()

@@ -29,9 +29,9 @@ def open_streams():
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it has the lowest number that is free
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding='utf-8'))
+            setattr(sys, name, open(number, mode, encoding='utf-8', closefd=False))
 
 
 open_streams()

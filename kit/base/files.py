@@ -28,7 +28,7 @@ def paths(words):
     """'a.pt,b.pt' -> ['a.pt', 'b.pt']; what exists is one path, commas and all: 'lr=1,bs=8/a.pt,b.pt' are two."""
     found, words = [], words.split(',')
     while words:
-        n = next((n for n in range(len(words), 0, -1) if os.path.exists(','.join(words[:n]))), 1)
+        n = next((n for n in range(min(len(words), 50), 0, -1) if os.path.exists(','.join(words[:n]))), 1)
         found.append(','.join(words[:n]))
         words = words[n:]
     return [path for path in found if path]
@@ -37,7 +37,7 @@ def paths(words):
 def write_whole(path, data):
     """The old bytes or the new ones are there, whatever happens; they are on the disk when this returns."""
     path = Path(path)
-    part = path.with_name(f'.{path.name}.part')
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')  # of two at once each writes its own
     part.unlink(missing_ok=True)
     try:
         with open_own(part, 'xb') as file:

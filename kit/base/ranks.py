@@ -38,7 +38,8 @@ def start(backend, device):
     if missing := [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
         fail(f'the environment has WORLD_SIZE={world_size} and no {missing[0]}; start several processes with torchrun, '
              'or unset WORLD_SIZE')
-    dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
+    with explained('the processes cannot meet', 'start them with torchrun'):
+        dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
     if backend == 'nccl':  # what the hosts say to each other must not wait for the devices
         global between_hosts
         between_hosts = dist.new_group(backend='gloo')

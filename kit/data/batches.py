@@ -230,3 +230,15 @@ def corrupt(x, noise, chosen, share, n_ids, mask):
     kind = np.where(noise < share, noise / share, 0.0)  # of the chosen ones uniform in [0, 1)
     other = np.clip((kind - 0.8) / 0.1 * n_ids, 0, n_ids - 1).astype(np.int64)
     return np.where(chosen & (kind < 0.8), mask, np.where(chosen & (kind < 0.9), other, x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures
+
+
+def unigram_entropy(ids):
+    """Nats a token, of at most a million of ids: the loss of who knows how frequent each token is, and nothing else."""
+    pieces = [ids[i:i + 4096] for i in range(0, len(ids), max(1, len(ids) // 2**20) * 4096)]
+    counts = np.bincount(np.concatenate(pieces))
+    shares = counts[counts > 0] / sum(map(len, pieces))
+    return float(-(shares * np.log(shares)).sum())

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kit.base.errors import fail, reason
-from kit.base.files import open_own, write_whole
+from kit.base.files import open_own
 from kit.base.overrides import require
 from kit.data import places, tokens
 
@@ -69,8 +69,11 @@ def load_encoding(name):
     return encoding
 
 
-def tokenizer(name, vocab_size, part, read):
-    """What encodes by that name. read() gives the documents anew, for a vocabulary that is learned from them."""
+def tokenizer(name, vocab_size, progress, read):
+    """
+    What encodes by that name. read() gives the documents anew, for a vocabulary that is learned from them. A BPE is put
+    into progress, or taken from there.
+    """
     if name == 'char':  # as code points: the alphabet is known when all is read
         return partial(encode_units, codec='utf-32-le', unit=np.uint32, end=CODE_END), CODE_END, np.uint32, None
     if name == 'byte':
@@ -78,15 +81,22 @@ def tokenizer(name, vocab_size, part, read):
     if name in tokens.KINDS and name != 'bpe':  # any other that is the same for all texts
         text = tokens.tokenizer({'kind': name})
         dtype = np.uint16 if text.size <= 2**16 else np.uint32
-        return partial(tokens.encode_batch, tokenizer=text, end=text.end, dtype=dtype), text.end, dtype, {'kind': name}
-    if (part / 'tokenizer.json').is_file():
-        description = json.loads((part / 'tokenizer.json').read_text(encoding='utf-8'))
-    else:
-        description = learn_bpe(read(), vocab_size) if name == 'bpe' else tokens.describe_bpe(load_encoding(name))
-        write_whole(part / 'tokenizer.json', json.dumps(description))
+        return partial(encode_batch, tokenizer=text, end=text.end, dtype=dtype), text.end, dtype, {'kind': name}
+    if 'tokenizer' not in progress:  # in the note, whose hash is checked: another would give other ids
+        learned = name == 'bpe'
+        progress['tokenizer'] = learn_bpe(read(), vocab_size) if learned else tokens.describe_bpe(load_encoding(name))
+    description = progress['tokenizer']
     encoding = tokens.tokenizer(description).encoding
     dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     return partial(encode_bpe, encoding=encoding, dtype=dtype), encoding.eot_token, dtype, description
+
+
+def encode_batch(batch, tokenizer, end, dtype):
+    """[(text, whether a document ends)] -> the ids of all, with the id `end` behind each document."""
+    ids = []
+    for text, is_end in batch:
+        ids += [*tokenizer.encode(text), *[end] * is_end]
+    return np.array(ids, dtype)
 
 
 def encode_units(batch, codec, unit, end):
@@ -144,7 +154,7 @@ def learn_bpe(documents, vocab_size):
     learner.train_from_iterator((piece for text in kept for piece in cut_runs(text)), trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    byte_of = {char: byte for byte, char in enumerate(byte_level_characters())}
+    byte_of = {char: byte for byte, char in enumerate(tokens.byte_level_characters())}
     vocabulary = learner.get_vocab()
     ranks = {bytes(byte_of[char] for char in token): rank for token, rank in vocabulary.items()}
     if len(ranks) + 1 < vocab_size:
@@ -152,13 +162,6 @@ def learn_bpe(documents, vocab_size):
     import tiktoken
     return tokens.describe_bpe(tiktoken.Encoding('bpe', pat_str=PATTERN, mergeable_ranks=ranks,
                                                  special_tokens={tokens.END: len(ranks)}))
-
-
-def byte_level_characters():
-    """The character that stands for each byte in GPT-2's vocabulary: itself, or one from U+0100 on if it is none."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,17 +280,20 @@ def make(folder, job, read, total=None, unit='B', overwrite=False):
         places.clear(part)
         raise
     except OSError as error:
-        n = places.noted(part).get('documents')
-        kept = f'{n:,} documents are kept, and the same command goes on from there' if n else 'nothing is kept'
+        n = places.noted(part).get('characters')
+        kept = f'{n:,} characters are kept, and the same command goes on from there' if n else 'nothing is kept'
         what = f'{error.filename or folder} could not be written: {reason(error)}' if error.errno else error
         fail(f'{what}; {kept}')
     places.clear(part)
     report(folder)
-    if progress['marks'] and not job['separator']:
-        remedy = f"; --separator='{tokens.END}' makes it the end of a document" if not job['pairs'] else ''
+    if progress['marks']:
+        has_ends = job['pairs'] or job['separator']
+        remedy = '' if has_ends else f"; --separator='{tokens.END}' makes it the end of a document"
         print(f'{tokens.END} stands {progress["marks"]:,} times in the text, as plain text{remedy}')
-    if job['separator'] and progress['documents'] == 1:
-        print(f'{job["separator"]!r} divides nothing in the text, which is a single document')
+    n_files = len(job['files']) if isinstance(job['files'], list) else 1  # of standard input it is the hash
+    if job['separator'] and progress['documents'] <= n_files:
+        print(f'{job["separator"]!r} divides nothing in the text: it has {progress["documents"]:,} documents and '
+              f'{n_files:,} files')
 
 
 def spool(folder):
@@ -317,7 +323,7 @@ def begin(part, job, overwrite):
     if progress is fresh:
         places.clear(part, 'input.txt')
     else:
-        print(f'going on after {progress["documents"]:,} documents')
+        print(f'going on after {progress["characters"]:,} characters')
     return progress
 
 
@@ -327,7 +333,7 @@ def encode_all(part, job, progress, read, total, unit):
         return
     bar = tqdm(total=total, unit=unit, unit_scale=True, desc='reading', leave=False, disable=None)
     quiet = tqdm(disable=True)
-    encode, end, _, _ = tokenizer(job['tokenizer'], job['vocab_size'], part, lambda: read(0, quiet))
+    encode, end, _, _ = tokenizer(job['tokenizer'], job['vocab_size'], progress, lambda: read(0, quiet))
     seen = np.zeros(CODE_END, bool) if job['tokenizer'] == 'char' else None
     if seen is not None:
         seen[progress['alphabet']] = True
@@ -389,7 +395,7 @@ def lay_out(part, job, progress):
     ends = np.memmap(part / 'ends_000000.bin', '<i8', 'r', shape=progress['documents'])
     middles, ends = (ends[0::2], np.ascontiguousarray(ends[1::2])) if job['pairs'] else (None, ends)
     stretches, codes, documents, words = plan(job, progress, ends)
-    _, _, raw_dtype, description = tokenizer(job['tokenizer'], job['vocab_size'], part, None)
+    _, _, raw_dtype, description = tokenizer(job['tokenizer'], job['vocab_size'], progress, None)
     dtype, table = raw_dtype, None
     if job['tokenizer'] == 'char':  # now the alphabet is known
         chars = [chr(code) for code in progress['alphabet']] + [tokens.END] * (job['pairs'] or len(ends) > 1)

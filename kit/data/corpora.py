@@ -33,14 +33,18 @@ SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 def prepare_missing(name):
     """
     Make a dataset that a run needs and that is not there, if it is a small known one, so that nobody's first run ends
-    with "file not found"; for the others the script ends with the command that makes them.
+    with "file not found"; for the others the script ends with the command that makes them, or where another process is
+    at it.
     """
+    folder = tokens.dataset_folder(name)
+    if name not in SMALL and places.is_locked(folder):
+        fail(f'dataset = {name!r}: another process is preparing it; wait for its end')
     if name in LARGE:
         fail(f'dataset = {name!r} is not there yet, and it is large: python prepare.py {name}')
     if name not in SMALL:
         there = [path.name for root in (Path('data'), ROOT / 'data') for path in root.glob('*/')
                  if tokens.exists(path)]
-        fail(f'dataset = {name!r}: there is no {tokens.dataset_folder(name) / "train.bin"}'
+        fail(f'dataset = {name!r}: there is no {folder / "train.bin"}'
              f'{nearest(name, [*there, *SMALL, *LARGE])}; python prepare.py --input=FILE --dataset={name} makes it '
              'from a text of yours')
     prepare(name, if_missing=True)

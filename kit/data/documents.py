@@ -17,6 +17,7 @@ import os
 import re
 from pathlib import Path
 
+from kit.base import files
 from kit.base.errors import explained, fail, reason
 from kit.base.overrides import require
 from kit.data.tokens import END
@@ -38,9 +39,7 @@ def find(source):
     hidden in a folder stays so; what else is left out, or read for no better reason than its name, is printed.
     """
     found = []
-    for word in [source] if os.path.exists(source) else map(str.strip, source.split(',')):
-        if not word:
-            fail(f'--input={source:.80}: there is nothing before, between or behind a comma')
+    for word in map(str.strip, files.paths(source)):
         if word.startswith('hf:'):
             found.append(word)
         elif os.path.isdir(word):
@@ -70,22 +69,27 @@ def find(source):
 
 
 def find_inside(folder):
-    """The files of the known kinds in a folder and those below it."""
-    found, others = [], set()
+    """The files of the known kinds in a folder and those below it; what else is in there is printed."""
+    found, others, links = [], set(), []
+    kinds = [kind for kind in TEXTS + ROWS + PAIRS if kind != '.json']  # it may hold anything: it has to be named
 
     def refuse(error):
         fail(f'--input={folder}: {error.filename} cannot be read ({reason(error)})')
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith('.')]
+        links += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
         for path in (Path(place, name) for name in names if not name.startswith('.')):
-            if suffix(path):
+            if suffix(path) in kinds:
                 found.append(path)
             else:
-                others.add(path.suffix or path.name)
+                others.add(suffix(path) or path.suffix or path.name)
+    if links:
+        print(f'{folder}: links to folders are not followed: {in_short(sorted(links))}')
     if not found:
-        fail(f'--input={folder}: there is no file in this folder that ends in {", ".join(TEXTS + ROWS + PAIRS)}')
+        fail(f'--input={folder}: there is no file in this folder that ends in {", ".join(kinds)}; what is named '
+             'itself is read')
     if others:
-        print(f'{folder}: files that end in {in_short(sorted(others))} are left out')
+        print(f'{folder}: files that end in {in_short(sorted(others))} are left out; what is named itself is read')
     return sorted(found)
 
 
@@ -274,7 +278,7 @@ def unpacked(path, raw):
     elif is_packed(path):
         import zstandard
         check_frames(raw, size)
-        frames = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        frames = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(raw, read_across_frames=True)
         file = io.BufferedReader(frames, BLOCK)
     if file.peek(4).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         fail(f'{path} is UTF-16 or UTF-32; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 FILE > OTHER')
@@ -368,7 +372,7 @@ def json_rows(path, keys, errors, bar):
     The rows of a .json: those of the array in it, else what stands at its top, one object or many. So much of it is
     held as the next row needs: one that does not end yet is tried again when twice as much is there.
     """
-    blocks = itertools.chain(filter(None, texts(path, errors, bar)), ['\n'])
+    blocks = itertools.chain(itertools.dropwhile(str.isspace, filter(None, texts(path, errors, bar))), ['\n'])
     text, number = next(blocks).lstrip(), 1
     in_array = begin = text.startswith('[')
     while True:
@@ -433,11 +437,11 @@ def csv_rows(path, keys, errors, bar):
     text = (line for _, line in lines(path, errors, bar))
     first, begin = next(text, ''), 1  # begin: the line of a row's first character
     headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ',;\t|'}
-    separator = next((mark for mark in headers if set(keys) <= set(headers[mark])),
+    delimiter = next((mark for mark in headers if set(keys) <= set(headers[mark])),
                      next((mark for mark in headers if len(headers[mark]) > 1), ','))
-    if separator != ',':
-        tell_separator(path, separator)
-    reader = csv.reader(itertools.chain([first], text), delimiter=separator, strict=True)
+    if delimiter != ',':
+        tell_delimiter(path, delimiter)
+    reader = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         if twice := [key for key in keys if header.count(key) > 1]:
@@ -446,7 +450,7 @@ def csv_rows(path, keys, errors, bar):
         for row in reader:
             if row and len(row) != len(header):
                 fail(f'{path}, line {reader.line_num}: {len(row)} columns, and the header has {len(header)} '
-                     f'(separator {separator!r})')
+                     f'(delimiter {delimiter!r})')
             if row:
                 yield reader.line_num, dict(zip(header, row))
             begin = reader.line_num + 1
@@ -455,8 +459,8 @@ def csv_rows(path, keys, errors, bar):
 
 
 @functools.cache  # once: a text that a vocabulary is learned from is read twice
-def tell_separator(path, separator):
-    print(f'{path}: its columns have the separator {separator!r}')
+def tell_delimiter(path, delimiter):
+    print(f'{path}: its columns are parted by {delimiter!r}')
 
 
 def tsv_rows(path, errors, bar):

@@ -1,11 +1,14 @@
 """A file from the network: whole, or not there at all."""
 
+import http.client
 import os
 import urllib.request
+from contextlib import suppress
 
 from tqdm import tqdm
 
 from kit.base import files
+from kit.base.errors import reason
 from kit.data.tokens import sha256
 
 
@@ -32,7 +35,11 @@ def fetch(url, path, expected_sha256=''):
         if expected_sha256 and (found := sha256(part)) != expected_sha256:
             raise OSError(f'what came has the sha256 {found[:12]}..., expected was {expected_sha256[:12]}...')
         os.replace(part, path)
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f'the answer broke off or is none ({reason(error)})') from None
     finally:
         part.unlink(missing_ok=True)
         (path.parent / '.lock').unlink(missing_ok=True)  # while it is held: who waits for it looks for another
+        with suppress(OSError):  # not empty, where there is more than what did not come
+            path.parent.rmdir()
         lock.close()

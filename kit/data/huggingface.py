@@ -11,7 +11,7 @@ import re
 from itertools import pairwise
 
 from kit.base.errors import explained, fail, shown
-from kit.data import bins, tokens
+from kit.data import tokens
 
 # how GPT-2 splits a text, and the sha256 of its tokens in the order of their ids, as tokens.describe_bpe has them
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -60,8 +60,8 @@ def read_tokenizer(folder, n_ids):
              "merges.txt, of GPT-2's kind")
     else:
         return None
-    if words := sorted(added.keys() - special - {tokens.END}):
-        fail(f'{path}: the added token {shown(words[0])} is a word of texts, and only special ones are read')
+    if words := added.keys() - special - {tokens.END}:
+        fail(f'{path}: the added token {shown(min(words, key=str))} is a word of texts, and only special ones are read')
     with explained(f"{path} holds no vocabulary of GPT-2's kind", 'others are not read'):
         description = tokens.describe_bpe(encoding_of(vocab, merges, added, n_ids))
     if hashlib.sha256(description['ranks'].encode()).hexdigest() == GPT2_RANKS:
@@ -100,7 +100,7 @@ def encoding_of(vocab, merges, added, n_ids):
     merges: it joins what makes the token of the lowest id. Raises ValueError where these merges would do otherwise.
     """
     import tiktoken
-    byte_of = {char: byte for byte, char in enumerate(bins.byte_level_characters())}
+    byte_of = {char: byte for byte, char in enumerate(tokens.byte_level_characters())}
     made, ids = [left + right for left, right in merges], vocab | added
     if missing := [token for token in [*byte_of, *made] if token not in vocab]:
         raise ValueError(f'it lacks the token {missing[0]!r}')

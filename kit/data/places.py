@@ -17,7 +17,8 @@ import numpy as np
 
 from kit.base import files
 from kit.base.errors import fail, reason
-from kit.data import tokens
+from kit.data import foreign, tokens
+from kit.data.documents import in_short
 
 PART = '.part'
 LOCK = '.lock'  # the first that is made in .part, and the last that goes: without it the folder is not ours
@@ -25,8 +26,8 @@ LOCK = '.lock'  # the first that is made in .part, and the last that goes: witho
 # what a dataset is, what would be read as some of it (see tokens.files_of), and what .part holds while one is made
 DATASET = r'(train|val|test)(_\d{6,})?\.bin|(train|val|test)\.rows\.npy|meta\.(json|pkl)'
 READ = re.compile(r'(.*_)?(train|val|test)(_.*)?\.bin|(train|val|test)\.rows\.npy|meta\.(json|pkl)', re.DOTALL)
-WORK = re.compile(rf'{re.escape(LOCK)}|input\.txt|(ids|ends)_\d{{6,}}\.bin|(tokenizer|progress)\.json'
-                  rf'|\.(tokenizer|progress)\.json\.part|done|done/({DATASET})')
+WORK = re.compile(rf'{re.escape(LOCK)}|input\.txt|(ids|ends)_\d{{6,}}\.bin|progress\.json'
+                  rf'|\.progress\.json\.\d+\.part|done|done/({DATASET})')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,8 +38,8 @@ WORK = re.compile(rf'{re.escape(LOCK)}|input\.txt|(ids|ends)_\d{{6,}}\.bin|(toke
 def locked(folder, waiting=''):
     """
     A dataset folder as that of this process alone, made if it is missing. Another process that has it ends the script,
-    or with `waiting` that line is printed and it is waited for. Of what is made in .part that stays which a note says
-    can be gone on with; a folder in which nothing is left is removed.
+    or with `waiting` that line is printed and it is waited for. What is in .part stays only if a note says how far it
+    is good; a folder in which nothing is left is removed.
     """
     part = folder / PART
     try:
@@ -57,13 +58,24 @@ def locked(folder, waiting=''):
         yield
     finally:
         with suppress(OSError):
-            if not noted(part).get('documents'):
+            if not noted(part).get('records'):
                 clear(part)
             if os.listdir(part) == [LOCK]:
                 (part / LOCK).unlink()  # while it is held: who waits for it looks for another
                 part.rmdir()
                 folder.rmdir()
         lock.close()
+
+
+def is_locked(folder):
+    """Whether another process is making the dataset: a short look."""
+    with suppress(OSError):
+        if os.path.exists(folder / PART / LOCK):
+            lock = files.lock(folder / PART)
+            if not lock:
+                return True
+            lock.close()
+    return False
 
 
 def claim(folder, part, waiting):
@@ -115,10 +127,9 @@ def noted(part):
 
 def check(folder, tokenizer, overwrite):
     """A file that is not ours and in the way ends the script; so does a dataset, unless it is half in its place."""
-    if strange := [path for path, own in standing(folder).items() if not own]:
-        more = f' (nor were {len(strange) - 1} more)' if strange[1:] else ''
-        fail(f'{strange[0]} was not made by prepare.py, or not as it is now{more}, and would be overwritten, or read '
-             'with the dataset; move or delete it, or take another --dataset=NAME')
+    if strange := [str(path) for path, own in standing(folder).items() if not own]:
+        fail(f'{in_short(strange)} {"was" if len(strange) == 1 else "were"} not made by prepare.py, or not as now, and '
+             'would be overwritten, or read with the dataset; move or delete, or take another --dataset=NAME')
     if overwrite or not tokens.exists(folder) or noted(folder / PART).get('laid_out'):
         return
     made = meta_of(folder)['tokenizer']
@@ -151,13 +162,13 @@ def is_own(path, meta):
         if path.name == 'meta.json':
             return True
         if path.name == 'meta.pkl':
-            return tokens.load_plain_pickle(path) == for_nanogpt(meta['tokenizer']['chars'])
+            return foreign.load_plain_pickle(path) == for_nanogpt(meta['tokenizer']['chars'])
         if path.suffix == '.npy':
             known = meta.get('rows', {path.name: None})  # without hashes in older ones
             return meta['pairs'] and path.name in known and known[path.name] in (None, tokens.sha256(path))
         size, known = path.stat().st_size, meta['files'][path.stem]
-        return size == known['tokens'] * np.dtype(meta['dtype']).itemsize and (
-            size > tokens.HASH_UP_TO or tokens.sha256(path) == known['sha256'])
+        has_size = size == known['tokens'] * np.dtype(meta['dtype']).itemsize
+        return has_size and tokens.sha256(path) == known['sha256']  # of large ones too: it is nothing beside the work
     return False
 
 

@@ -256,7 +256,7 @@ class Rows:
 
     def unigram_entropy(self):
         """The loss, in nats a target, of who knows how frequent each token is in its dataset, and nothing else."""
-        return sum(share * tokens.unigram_entropy(r.targets()) for share, r in zip(self.shares, self.readers))
+        return sum(share * batches.unigram_entropy(r.targets()) for share, r in zip(self.shares, self.readers))
 
     @cached_property
     def parts(self):
@@ -375,11 +375,11 @@ def parse(dataset):
             weights[name] = float(weight or 1)
         except ValueError:
             weights[name] = 0.0
-        if not name or not 0 < weights[name] < float('inf'):
+        if not name or not 0 < weights[name] < 1e100:
             fail(f'dataset = {dataset!r}: a mixture is NAME:SHARE,NAME:SHARE with shares above 0, such as a:0.7,b:0.3')
     total = sum(weights.values())
     shares = {name: weight / total for name, weight in weights.items()}
-    if min(shares.values()) < 1e-9:  # where the sum has overflown too
+    if min(shares.values()) < 1e-9:
         fail(f'dataset = {dataset!r}: {min(shares, key=shares.get)} has less than a billionth of the rows; take shares '
              'such as a:0.7,b:0.3')
     return shares
@@ -443,7 +443,7 @@ def reader(name, folder, split, data, meta, s):
         return packed
     if mode != 'padded':
         fail(f'batch_mode = {mode!r}: kit/data/readers.py has no such mode')
-    places = tokens.read_rows(folder, split, len(data))
+    places = tokens.read_rows(folder, split, len(data), meta)
     if places is None:
         fail(f'batch_mode = {mode!r}: {name} holds no pairs (no {split}.rows.npy); python prepare.py --input=FILE.tsv '
              f'--dataset=NAME makes them, and --batch_mode=windows takes {name} as it is')

@@ -6,12 +6,9 @@ meta.json holds all that is needed to encode and decode, so neither needs a down
 """
 
 import base64
-import codecs
 import hashlib
 import json
 import os
-import pickle
-import re
 from contextlib import suppress
 from functools import lru_cache
 from itertools import groupby
@@ -20,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kit.base.errors import ROOT, explained, fail, shown
+from kit.data import foreign
 
 END = '<|endoftext|>'  # how what stands behind each document is shown; its id is meta['end_of_text']
 
@@ -28,15 +26,8 @@ NOTHING = '\N{REPLACEMENT CHARACTER}'  # what an id without a token is shown as
 
 HASH_UP_TO = 64 * 2**20  # bytes: larger files have their size checked at each start, not their hash
 SCAN_UP_TO = 50_000_000  # tokens: of larger splits a sample is searched for ids beyond the vocabulary
-HEADER = 1024  # bytes before the ids in a shard of llm.c
-SHARDS = {20240520: (1, '<u2'), 20240801: (7, '<u4')}  # their first number: version and dtype, of GPT-2's and Llama 3's
-
 # a meta.json for uint32 ids that come without one
 EXAMPLE = '{{"vocab_size": {0}, "dtype": "uint32", "tokenizer": {{"kind": "ids", "size": {0}}}}}'
-
-# what files begin with that are no ids, whatever they are called
-FOREIGN = {b'\x93NUMPY': 'a .npy file', b'PK\x03\x04': 'a zip, as torch.save writes', b'\x1f\x8b\x08': 'a .gz file',
-           b'\x28\xb5\x2f\xfd': 'a .zst file', b'\xfd7zXZ': 'an .xz file', b'PAR1': 'a Parquet file'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +64,7 @@ class WordTokenizer:
         self.ids = {word: i for i, word in enumerate(words) if word and word != END}
         self.size, self.end = len(words), words.index(END) if END in words else None
         self.gaps = [i for i, word in enumerate(words) if not word]
-        self.longest = max(map(len, self.ids))
+        self.longest = max(map(len, self.ids), default=0)
         is_apart = sum(len(word) > 1 for word in self.ids) > len(self.ids) / 2 and ' ' not in ''.join(self.ids)
         self.blank = ' ' if is_apart else ''
 
@@ -106,8 +97,8 @@ class IdTokenizer:
     def encode(self, text):
         for word in text.split():
             if not word.isdecimal() or int(word) >= self.size:
-                raise ValueError(f'{word!r} is no id from 0 to {self.size - 1}, and this model knows nothing else; '
-                                 'give ids with blanks between them')
+                raise ValueError(f'{shown(word)} is no id from 0 to {self.size - 1}, and this model knows nothing '
+                                 'else; give ids with blanks between them')
         return [int(word) for word in text.split()]
 
     def decode_bytes(self, ids):
@@ -167,8 +158,8 @@ KINDS = {
     'bpe': bpe,
 }
 
-# those that are read alone
-FOUND = {
+# those that are read and never made
+READ_ONLY = {
     'word': lambda description: WordTokenizer(description['words']),
     'ids': lambda description: IdTokenizer(description['size']),
 }
@@ -176,15 +167,7 @@ FOUND = {
 
 def tokenizer(description):
     """The tokenizer that meta['tokenizer'] describes. Raises OSError where it had to be downloaded and could not."""
-    return (KINDS | FOUND)[description['kind']](description)
-
-
-def encode_batch(batch, tokenizer, end, dtype):
-    """[(text, whether a document ends)] -> the ids of all, with the id `end` behind each document."""
-    ids = []
-    for text, is_end in batch:
-        ids += [*tokenizer.encode(text), *[end] * is_end]
-    return np.array(ids, dtype)
+    return (KINDS | READ_ONLY)[description['kind']](description)
 
 
 def decode(tokens, ids):
@@ -234,14 +217,6 @@ def bytes_per_token(meta, ids):
     return n_bytes / len(ids)
 
 
-def unigram_entropy(ids):
-    """Nats a token, of at most a million of ids: the loss of who knows how frequent each token is, and nothing else."""
-    pieces = [ids[i:i + 4096] for i in range(0, len(ids), max(1, len(ids) // 2**20) * 4096)]
-    counts = np.bincount(np.concatenate(pieces))
-    shares = counts[counts > 0] / sum(map(len, pieces))
-    return float(-(shares * np.log(shares)).sum())
-
-
 def tiktoken_encoding(name):
     """tiktoken's encoding of that name, from its cache, from FLATGPT_MIRROR/tiktoken, or downloaded."""
     import tiktoken
@@ -260,6 +235,13 @@ def describe_bpe(encoding):
     ranks = (token_of.get(rank, b'') for rank in range(max(token_of) + 1))  # p50k has its END among them: a gap
     return {'kind': 'bpe', 'name': encoding.name, 'pattern': encoding._pat_str, 'special': encoding._special_tokens,
             'ranks': '\n'.join(base64.b64encode(token).decode() for token in ranks)}
+
+
+def byte_level_characters():
+    """The character that stands for each byte in GPT-2's vocabulary: itself, or one from U+0100 on if it is none."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 # what a folder without any meta means
@@ -352,7 +334,7 @@ class Shards:
 def read_meta(folder):
     """meta.json, else nanoGPT's meta.pkl, else what nanoGPT assumes where it finds none."""
     for path in folder / 'meta.json', folder / 'meta.pkl':
-        if path.is_file():
+        if os.path.isfile(path):
             with explained(f'{path} is damaged or foreign', 'prepare the dataset again'):
                 is_json = path.suffix == '.json'
                 return check_meta(json.loads(path.read_text(encoding='utf-8-sig')) if is_json else read_nanogpts(path))
@@ -364,7 +346,7 @@ def read_nanogpts(path):
     What a meta.pkl says: vocab_size, and the tokens in itos (a dict or a list) or stoi; where it has neither no text is
     known. An id that they leave out has no token.
     """
-    pickled = load_plain_pickle(path)
+    pickled = foreign.load_plain_pickle(path)
     itos = pickled.get('itos') or {i: token for token, i in pickled.get('stoi', {}).items()}
     itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
     size = pickled['vocab_size'] if 'vocab_size' in pickled else max(itos) + 1
@@ -406,15 +388,19 @@ def check_meta(meta):
         entry['tokens'], entry['sha256']
     check_types(description, TOKENIZER_TYPES)
     ''.join(description.get('chars', []))  # a TypeError where one is no text
-    if description['kind'] not in KINDS | FOUND:
+    if description['kind'] not in KINDS | READ_ONLY:
         raise ValueError(f'its tokenizer is of kind {description["kind"]!r}, which kit/data/tokens.py does not have')
     if not all(0 <= i < size for i in description.get('special', {}).values()):
         raise ValueError('the ids of its special tokens lie beyond its vocabulary')
-    if description['kind'] != 'bpe' or 'ranks' in description or not description['name']:
+    if description['kind'] == 'bpe' and not description.get('name'):
+        raise ValueError('its BPE has no name')
+    if description['kind'] != 'bpe' or 'ranks' in description:
         text = tokenizer(description)
         if text.size > size or description['kind'] == 'char' and text.size < size:
             where = 'beyond' if text.size > size else 'fewer than'
             raise ValueError(f'its tokenizer has {text.size} ids, {where} the vocabulary of {size}')
+        if len(text.gaps) == text.size:
+            raise ValueError('none of its ids has a token')
     return meta
 
 
@@ -423,8 +409,9 @@ def check_types(entries, types):
     if not isinstance(entries, dict):
         raise TypeError(f'a dict should stand where {shown(entries)} does')
     for name in types.keys() & entries.keys():
-        if not isinstance(entries[name], types[name]) or types[name] is int and isinstance(entries[name], bool):
-            raise TypeError(f'{name} is {shown(entries[name])}')
+        value, kind = entries[name], types[name]
+        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:  # to Python a bool is an int
+            raise TypeError(f'{name} is {shown(value)}')
 
 
 def padded_vocab_size(meta, with_mask=False):
@@ -434,33 +421,6 @@ def padded_vocab_size(meta, with_mask=False):
     """
     size = meta['vocab_size'] + with_mask
     return size if size < 1024 else (size + 63) // 64 * 64
-
-
-def load_plain_pickle(path):
-    """
-    A pickle of plain containers, numbers and texts, NumPy's too. Anything that names code is refused: no file runs any.
-    """
-    class Plain(pickle.Unpickler):
-        def find_class(self, module, name):
-            if (module, name) == ('numpy', 'dtype'):
-                return Kind
-            if name == 'scalar' and module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-                return lambda kind, data: np.frombuffer(data, kind.dtype)[0].item()
-            raise pickle.UnpicklingError(f'it asks for {module}.{name}, and a plain file asks for nothing')
-
-    class Kind:
-        """What a pickle says of a dtype: of numbers and texts, nothing else."""
-
-        def __init__(self, code, *_):
-            if not re.fullmatch(r'[biufU]\d+', code):
-                raise pickle.UnpicklingError(f'it has the dtype {code}, and a plain file has numbers and texts')
-            self.dtype = np.dtype(code)
-
-        def __setstate__(self, state):
-            self.dtype = self.dtype.newbyteorder(state[1])
-
-    with open(path, 'rb') as file:
-        return Plain(file).load()
 
 
 def read_tokens(path, meta, scan_up_to):
@@ -474,9 +434,11 @@ def read_tokens(path, meta, scan_up_to):
     if size == 0:
         fail(f'{path} is empty; {again}')
     dtype, offset = np.dtype(meta.get('dtype', 'uint16')).newbyteorder('<'), 0
-    if int.from_bytes(head[:4], 'little') in SHARDS:
-        dtype, offset, expected = read_header(path, head, size, meta), HEADER, None
-    elif not expected and (kind := foreign_kind(head)):
+    if int.from_bytes(head[:4], 'little') in foreign.SHARDS:
+        dtype, offset, expected = foreign.read_header(path, head, size), foreign.HEADER, None
+        if dtype.itemsize > 2 and meta is GPT2:
+            fail(f'{path} holds ids of Llama 3, and no meta.json says so; put one beside it: ' + EXAMPLE.format(128256))
+    elif not expected and (kind := foreign.foreign_kind(head)):
         fail(f'{path} is {kind}, and a .bin file holds ids alone, as array.astype("{dtype.name}").tofile() writes them')
     if (size - offset) % dtype.itemsize:
         fail(f'{path} has {size} bytes, which is no whole number of {dtype.name} ids; it is cut off: {again}')
@@ -488,47 +450,25 @@ def read_tokens(path, meta, scan_up_to):
     step = max(1, len(data) // scan_up_to) * 4096
     pieces = [data[i:i + 4096] for i in range(0, len(data), step)]
     if offset == 0 and 'dtype' not in meta and len(data) >= 32 and not any(piece[1::2].any() for piece in pieces):
-        fail(f'{path}: every second uint16 in it is 0, as where ids are uint32; a meta.json says which they are, such '
-             'as ' + EXAMPLE.format(meta['vocab_size']))
+        fail(f'{path}: every second uint16 in it is 0, as where ids are uint32; a meta.json says what they are, '
+             'such as ' + EXAMPLE.format(meta['vocab_size']))
     highest = max(int(piece.max()) for piece in pieces)
     if highest >= meta['vocab_size']:
         fail(f'{path} holds the id {highest}, beyond the vocabulary of {meta["vocab_size"]}; {again}')
     return data
 
 
-def read_header(path, head, size, meta):
-    """The dtype of the ids in a shard of llm.c or modded-nanogpt, which begins with what `head` begins with."""
-    version, dtype = SHARDS[int.from_bytes(head[:4], 'little')]
-    header, dtype = np.frombuffer(head[:min(len(head), HEADER) // 4 * 4], '<i4'), np.dtype(dtype)
-    if len(header) < HEADER // 4:
-        fail(f'{path} is cut off within its header: copy it again')
-    if header[1] != version:
-        fail(f'{path} is a shard of llm.c of version {header[1]}, and of this kind version {version} is read')
-    if header[2] < 1 or size != HEADER + dtype.itemsize * int(header[2]):
-        fail(f'{path} has {size:,} bytes, its header speaks of {header[2]:,} tokens; it is cut off: copy it again')
-    if dtype.itemsize > 2 and meta is GPT2:
-        fail(f'{path} holds ids of Llama 3, and no meta.json says so; put one beside it: ' + EXAMPLE.format(128256))
-    return dtype
-
-
-def foreign_kind(head):
-    """What a file is that begins like this, in words; '' where that can be ids."""
-    with suppress(UnicodeDecodeError):
-        text = codecs.getincrementaldecoder('utf-8')().decode(head)
-        if len(text) >= 64 and all(char.isprintable() or char.isspace() for char in text):
-            return 'a text'
-    return next((kind for begin, kind in FOREIGN.items() if head.startswith(begin)), '')
-
-
-def read_rows(folder, split, n_tokens):
+def read_rows(folder, split, n_tokens, meta):
     """
     The pairs of a split, (n, 3) int64: where a row starts, where its target starts, where it ends. None where the
     dataset has none.
     """
     path = folder / f'{split}.rows.npy'
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     with explained(f'{path} is damaged', 'prepare the dataset again'):
+        if sha256(path) != meta.get('rows', {}).get(path.name, sha256(path)):  # older ones have no hash
+            raise ValueError('it is not the file that meta.json describes')
         rows = np.load(path, mmap_mode='r', allow_pickle=False)
         if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 3 or not len(rows):
             raise ValueError(f'it holds {rows.dtype} of shape {rows.shape}')

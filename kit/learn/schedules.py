@@ -121,7 +121,7 @@ def parse(text):
              f'{", ".join(NUMBERS)}')
     if len(words) > len(NUMBERS[name]):
         fail(f'lr_schedule = {shown(text)}: {name} takes {len(NUMBERS[name]) or "no"} numbers, as in '
-             f'--lr_schedule={name}' + ''.join(f':{number}' for number in NUMBERS[name]))
+             f'--lr_schedule={name}' + ''.join(f':{number or 2000}' for number in NUMBERS[name]))
     return name, tuple(parse_number(text, words[i], default) if i < len(words) else default
                        for i, default in enumerate(NUMBERS[name]))
 

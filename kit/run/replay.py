@@ -121,4 +121,5 @@ def show_step(past, step, figures):
         print('the loss is the logged one, bit for bit: this is what happened')
     else:
         print(f'WARNING: the loss is not the logged one, it differs by {abs(logged[0] - figures["loss"]):.2g}: another '
-              'device, --compile, number of processes or threads, or weights that have changed where the run began')
+              'text by that name, device, --compile, number of processes or threads, or weights that have changed '
+              'where the run began')

@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
 
 from kit.base import files, overrides, ranks
+from kit.base.errors import reason
 from kit.data import tokens
 from kit.learn import averages, optimizers
 from kit.run import earlier, replay
@@ -36,6 +38,8 @@ def find_start(config, trains, GPTConfig):
     """find, where a run begins or goes on."""
     out_dir, init_from, weights, saved, past = config['out_dir'], config['init_from'], config['weights'], {}, None
     path, shape = init_from, shaping(config, GPTConfig)
+    if config['find_lr']:  # it writes its curve there
+        folders.check_place(Path(out_dir))
     if trains:  # what is read here must still be true when this run writes
         ranks.from_main(lambda: folders.claim(out_dir, is_new=False, may_write=False))
     if config['inspect_step'] >= 0:  # with the settings that it was made with, from the last state before it
@@ -52,6 +56,8 @@ def find_start(config, trains, GPTConfig):
         print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
         if 'config' not in saved:
             print(f'{path} names no settings: all are those of this command')
+            if 'dataset' not in overrides.given:
+                overrides.fail(f'{path} does not name its dataset; give it: --dataset=NAME')
         init_from = saved.get('config', {}).get('init_from', 'scratch')
     elif init_from.endswith('.pt'):
         found = checkpoints.load(init_from)
@@ -71,7 +77,7 @@ def find_start(config, trains, GPTConfig):
     if is_resume and config['max_minutes'] and saved.get('fitted_minutes') == config['max_minutes']:
         config['max_iters'] = saved.get('config', config)['max_iters']  # whatever is given here
     if trains and config['wandb_log']:
-        check_wandb()
+        check_wandb(config['wandb_project'])
     return config | {'init_from': init_from}, saved, is_resume, past
 
 
@@ -178,7 +184,10 @@ def begin(config, model, data, tokens_per_step, warmup_steps, state, is_resume, 
     if ranks.is_main:
         provenance.record(out_dir, config, facts, state.step, journal.places())
         is_other_text = state.other_text_since == state.step > 0
-        checkpoints.move_later_aside(out_dir, state.step, best_too=is_other_text)
+        try:
+            checkpoints.move_later_aside(out_dir, state.step, best_too=is_other_text)
+        except OSError as error:
+            overrides.fail(f'{out_dir}: what lies beyond step {state.step} cannot be moved ({reason(error)})')
 
 
 def go_back(out_dir, state, model, optimizer, scaler, average, journal):
@@ -196,8 +205,12 @@ def go_back(out_dir, state, model, optimizer, scaler, average, journal):
         averages.restore(average, saved)
         state.take(saved, but=KEPT)
         state.other_text_since = min(state.other_text_since, state.step)
+        journal.history.facts['other_text_since'] = state.other_text_since
         if ranks.is_main:
-            checkpoints.move_later_aside(out_dir, state.step)
+            try:
+                checkpoints.move_later_aside(out_dir, state.step)
+            except OSError as error:
+                print(f'WARNING: {out_dir}: what lies beyond step {state.step} cannot be moved ({reason(error)})')
     else:
         print(f'WARNING: every step since {first_bad} was bad, no checkpoint is from before: other text from here on')
     state.rewinds += 1

@@ -21,6 +21,8 @@ def measure(tested, GPT, GPTConfig, which, settings, data, meta, device, dtype):
         models[path] = GPT(checkpoints.config_of(saved, GPTConfig, path)).to(device)
         checkpoints.fill(models[path], checkpoints.weights(saved, which), path)
         print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
+        if saved.get('meta', {}).get('text', meta['text']) != meta['text']:
+            print(f'dataset: {settings["dataset"]} is another text than that which {path} has read')
     split = 'test' if 'test' in data else 'val'
     if split == 'val':
         print('this dataset has no test.bin: val is taken')
@@ -41,7 +43,10 @@ def measure(tested, GPT, GPTConfig, which, settings, data, meta, device, dtype):
             print(f'{split}{of} loss {loss:.4f}, perplexity {perplexity:.3f}, accuracy {accuracy:.2%}, bits per byte '
                   f'{bits} ({size}): {name}')
             if isinstance(rows.readers[0], readers.Padded):
-                measure_answers(name, model, rows.readers[0], meta, batch_size, device, dtype)
+                try:
+                    measure_answers(name, model, rows.readers[0], meta, batch_size, device, dtype)
+                except FloatingPointError as error:  # of a run that has diverged
+                    print(f'no answers: {error}: {name}')
 
 
 def measure_answers(name, model, reader, meta, batch_size, device, dtype):

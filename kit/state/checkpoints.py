@@ -28,12 +28,15 @@ from kit.base import errors, files, ranks
 from kit.base.errors import fail
 from kit.data.tokens import is_same_tokenizer
 from kit.learn import model_state, optimizer_state
-from kit.learn.model_state import is_finite as is_finite  # for readers of other formats
 from kit.state import folders, forms
 
 
 class Damaged(Exception):
     """A file that will not do as a checkpoint, other bytes than were written, none of ours, or gone: which, and why."""
+
+
+class Unreadable(Damaged):
+    """A file that cannot be read now, for reasons that lie outside it: rights, memory."""
 
 
 class Gone(Damaged):
@@ -57,15 +60,17 @@ def save(checkpoint, folder, names, stop_on_error=False, parameters=None):
     a run is worth more than one checkpoint. With stop_on_error it ends the script.
     """
     folder = Path(folder)
-    part, link = folder / f'.{names[-1]}.part', folder / f'.{names[-1]}.link'
+    own = names[-1] if names[-1] == 'ckpt.pt' else f'{names[-1]}.{os.getpid()}'  # only a run has its folder alone
+    part, link = folder / f'.{own}.part', folder / f'.{own}.link'
     loss = checkpoint.get('best_val_loss', math.inf)
     if 'best.pt' in names and not (math.isfinite(loss) and loss <= best_val_loss(folder)):
         names = [name for name in names if name != 'best.pt']
-        print(f'{folder / "best.pt"} stays: it is better')
+        print(f'{folder / "best.pt"} stays: ' + (
+            'it is better, or cannot be read' if math.isfinite(loss) else 'the new val loss is no number'))
     checkpoint = checkpoint | {'parameters': list(parameters or checkpoint['model'])}
     try:
         if bad := forms.bad_numbers(checkpoint):
-            raise OSError(f'{bad} holds numbers that are not finite')
+            raise Damaged(f'{bad} holds numbers that are not finite')
         if not folder.exists():
             print(f'WARNING: {folder} is gone; it is made again')
             folder.mkdir(parents=True)
@@ -85,8 +90,8 @@ def save(checkpoint, folder, names, stop_on_error=False, parameters=None):
             os.replace(link, folder / name)
         if os.name == 'posix':  # a rename is on the disk only when its folder is
             sync(folder)
-    except (OSError, RuntimeError, Damaged) as error:  # torch.save raises a RuntimeError on a full disk
-        message = f'no checkpoint was saved to {folder} ({reason(error, folder)}); the older ones are untouched'
+    except Exception as error:  # torch.save raises a RuntimeError on a full disk; and no save is worth a run
+        message = f'no checkpoint was saved to {folder} ({why(error, folder)}); the older ones are untouched'
         if stop_on_error:
             print(message, file=sys.stderr, flush=True)
             raise SystemExit(1) from None
@@ -99,12 +104,13 @@ def save(checkpoint, folder, names, stop_on_error=False, parameters=None):
     return True
 
 
-def reason(error, folder):
+def why(error, folder):
     """An error of a save in words; torch's own do not say that the disk is full."""
+    words = next(iter(str(error).splitlines()), type(error).__name__)
     with suppress(OSError):
         if (free := shutil.disk_usage(folder).free) < 2**30:
-            return f'{str(error).splitlines()[0]}; {free / 2**20:.1f} MiB are free there'
-    return str(error).splitlines()[0]
+            words += f'; {free / 2**20:.1f} MiB are free there'
+    return words
 
 
 def sync(path):
@@ -134,19 +140,16 @@ def prune(folder, keep_last):
 def move_later_aside(folder, step, best_too=False):
     """
     A run that goes on from a step goes its own way: interval checkpoints beyond it are moved to a folder later.1, ...
-    in the folder of the run, and with best_too, where best.pt was measured on other text, that as well.
+    in the folder of the run, and with best_too, where best.pt was measured on other text, that as well. Raises OSError.
     """
     later = [path for number, path in interval_checkpoints(folder).items() if number > step]
     if best_too and (Path(folder) / 'best.pt').exists():
         later.append(Path(folder) / 'best.pt')
     if later:
         aside = folders.first_free(Path(folder) / 'later')
-        try:
-            aside.mkdir()
-            for path in later:
-                os.replace(path, aside / path.name)
-        except OSError as error:
-            fail(f'{folder}: what lies beyond step {step} could not be moved to {aside} ({error.strerror})')
+        aside.mkdir()
+        for path in later:
+            os.replace(path, aside / path.name)
         print(f'{", ".join(path.name for path in later)}: not of the run that goes on from step {step}; '
               f'moved to {aside}')
 
@@ -182,6 +185,8 @@ def newest(folder):
         for path in sorted(found, key=lambda path: (path.name == 'ckpt.pt', steps[path]), reverse=True):
             try:
                 mine.append(read(path, resume=True))
+            except Unreadable as error:  # it may be the newest all the same: nothing is gone on with before it
+                fail(error)
             except Damaged as error:
                 damages.append(str(error))
                 continue
@@ -302,7 +307,7 @@ def damaged(path, error):
     if isinstance(error, FileNotFoundError):
         return Gone(f'{path} is gone')
     if is_no_damage(error):
-        fail(f'{path} cannot be read: {reason}')
+        return Unreadable(f'{path} cannot be read: {reason}')
     if isinstance(error, Damaged):
         return Damaged(f'{path} is damaged ({error})')
     if isinstance(error, pickle.UnpicklingError):
@@ -318,7 +323,8 @@ def damaged(path, error):
 
 def open_unverified(path, resume=False):
     """The checkpoint, raising whatever torch and forms raise."""
-    return forms.checked(torch.load(path, map_location='cpu', weights_only=True, mmap=not resume), resume)
+    is_utf8 = str(path).encode(errors='replace').decode() == str(path)  # torch maps no file of another name
+    return forms.checked(torch.load(path, map_location='cpu', weights_only=True, mmap=not resume and is_utf8), resume)
 
 
 def is_no_damage(error):
@@ -422,11 +428,9 @@ def config_of(saved, GPTConfig, path):
         config = GPTConfig(**saved['model_args'])
     except (TypeError, ValueError) as error:
         fail_of_another_model(path, str(error).replace('GPTConfig.__init__()', 'GPTConfig'))
-    there = sum(min(tensor.numel(), tensor.untyped_storage().nbytes()) for tensor in saved['model'].values())
-    most = {'n_layer': there, 'vocab_size': there, 'n_embd': math.isqrt(there), 'n_head': there, 'block_size': 2**31}
-    for name in most:  # such a model would be made for ever, or not at all
-        if not 1 <= (value := getattr(config, name, 1)) <= most[name] or type(value) is bool:
-            fail_of_another_model(path, f'{name} is {errors.shown(value)}, and it has {there:,} numbers in all')
+    n_numbers = sum(min(tensor.numel(), tensor.untyped_storage().nbytes()) for tensor in saved['model'].values())
+    if config.least_numbers() > n_numbers or config.block_size > max(n_numbers, 2**20):
+        fail_of_another_model(path, f'its model_args are those of a larger one than its {n_numbers:,} numbers')
     saved['model_args'] = asdict(config)
     return config
 

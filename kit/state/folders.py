@@ -43,11 +43,13 @@ lock = None  # an open file; the system gives the lock back when the process end
 
 def check_place(folder):
     """A run is not written among other things: where scripts, texts or datasets are."""
+    if str(folder).startswith('~'):
+        fail(f'out_dir = {str(folder)!r}: the shell reads ~ at the begin of a word alone; --out_dir ~/... or $HOME/...')
     place = folder.resolve()
-    taken = {root / name for root in (Path.cwd(), ROOT) for name in OTHERS}
+    taken = {(root / name).resolve() for root in (Path.cwd(), ROOT) for name in OTHERS}
     of_others = {ROOT / name for name in ('kit', 'config', 'tests', 'docs', 'bench')}
     if place in {Path.cwd(), *Path.cwd().parents, *taken} or of_others & {*place.parents} or any(
-            (folder / name).exists() for name in ('train.py', 'train.bin', 'meta.json')):
+            (folder / name).exists() for name in ('train.py', 'train.bin', 'val.bin', 'meta.json', 'meta.pkl')):
         fail(f'out_dir = {str(folder)!r}: other things are kept there, and the run needs a folder of its own, such as '
              '--out_dir=exp1')
 

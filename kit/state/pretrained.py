@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from kit.base import ranks
-from kit.base.errors import ROOT, explained, fail, shown
+from kit.base.errors import ROOT, explained, fail, reason, shown
 from kit.base.overrides import require
 from kit.data import downloads, tokens
 from kit.data.huggingface import check_values, read_json, read_tokenizer
@@ -64,12 +64,11 @@ def load(name, needs_tokenizer=False):
         fail(f'init_from = {name!r}: neither scratch, resume, auto, a checkpoint FILE.pt, one of {", ".join(NAMES)}, '
              'nor a Hugging Face folder with config.json')
     folder = find(name) if name in NAMES else Path(name)
-    with explained(f'init_from = {name!r}: {folder} is no whole Hugging Face folder', 'copy it again'):
-        model_args = read_config(folder)
-        meta = tokens.GPT2 if name in NAMES else read_tokenizer(folder, model_args['vocab_size'])
-        if not meta and needs_tokenizer:
-            fail(f'{folder} holds no tokenizer; copy its own there: tokenizer.json, or vocab.json and merges.txt')
-        path, state = read_weights(folder, model_args)
+    model_args = read_config(folder)
+    meta = tokens.GPT2 if name in NAMES else read_tokenizer(folder, model_args['vocab_size'])
+    if not meta and needs_tokenizer:
+        fail(f'{folder} holds no tokenizer; copy its own there: tokenizer.json, or vocab.json and merges.txt')
+    path, state = read_weights(folder, model_args)
     print(f'weights: {path}')
     if not meta:
         print(f'{folder} holds no tokenizer: its ids are taken to be those of the dataset')
@@ -122,8 +121,8 @@ def read_weights(folder, model_args):
             fail(f'{path}: {full_name}: model.py has no such tensor in a GPT of n_layer = {model_args["n_layer"]}')
         if tuple(value.shape) != shape:
             fail(f'{path}: {full_name} has the shape {tuple(value.shape)}, and by config.json it is {shape}')
-        if value.dtype not in FLOATS or value.layout != torch.strided:
-            fail(f'{path}: {full_name} holds {value.dtype}, {value.layout}; only plain floating-point numbers are read')
+        if value.dtype not in FLOATS:
+            fail(f'{path}: {full_name} holds {value.dtype}; only floating-point numbers are read')
         state[name] = (value.t() if name.startswith('h.') else value).float()  # their matrices are (in, out)
         if not is_finite(state[name]):
             fail(f'{path}: {full_name} holds numbers that are not finite')
@@ -142,8 +141,8 @@ def is_causal_mask(value):
     """Whether it is what old files kept beside the weights: who may look where, or what stands for minus infinity."""
     if value.dim() == 0:
         return True
-    mask = torch.ones(value.shape[-1], value.shape[-1], dtype=torch.bool).tril()
-    return torch.equal(value.bool(), mask[None, None])
+    n = value.shape[-1]
+    return value.shape == (1, 1, n, n) and torch.equal(value[0, 0].bool(), torch.ones(n, n, dtype=torch.bool).tril())
 
 
 def read_tensors(folder):
@@ -185,9 +184,15 @@ def read_file(path):
     if zipfile.is_zipfile(path):
         checkpoints.verify(path)
     found = torch.load(path, map_location='cpu', weights_only=True)
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise TypeError('it holds other things than tensors')
+    if not isinstance(found, dict) or not all(isinstance(name, str) and is_plain(found[name]) for name in found):
+        raise TypeError('it holds other things than plain tensors and their names')
     return found
+
+
+def is_plain(value):
+    """Whether it is a tensor that has all its numbers, as they are."""
+    is_whole = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return is_whole and not value.is_quantized and not value.is_meta
 
 
 def find(name):
@@ -205,7 +210,7 @@ def find(name):
             try:
                 downloads.fetch(url, folder / file)
             except OSError as error:
-                fail(f'init_from = {name!r}: {url} could not be downloaded ({error}); fetch config.json and '
+                fail(f'init_from = {name!r}: {url} could not be downloaded ({reason(error)}); fetch config.json and '
                      'model.safetensors by hand and give their folder: --init_from=FOLDER')
     ranks.wait()
     return folder

@@ -37,7 +37,7 @@ def record(folder, config, facts, step, sinks):
     try:
         files.write_whole(folder / 'config.json', json.dumps(
             {'settings': config, 'facts': facts, 'launches': launches}, indent=1) + '\n')
-        if not source.exists():
+        if not os.path.lexists(source):
             packed = io.BytesIO()
             with zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as archive:
                 for name, content in code.items():
@@ -60,8 +60,10 @@ def collect_source():
 
 def read_source(path):
     """{name: bytes} of a source.zip; None where there is none, {} where it is damaged."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    if not os.path.isfile(path):
+        return {}
     try:
         with zipfile.ZipFile(path) as archive:
             return {name: archive.read(name) for name in archive.namelist()}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kit.base import overrides
+from kit.base import errors, overrides
 from kit.sweeps.trials import SEED, Range, at, new_run
 
 STARTUP = 5  # set-ups that bayes begins with, spread evenly, before it concludes anything from them
@@ -46,7 +46,7 @@ class Study:
                                              pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNE_FROM))
             there, made = len(self.study.trials), max((number for number, _ in results), default=0)
         except Exception as error:  # of SQLite, SQLAlchemy or Optuna
-            overrides.fail(f'{path} cannot be read ({type(error).__name__}); --out_dir=FOLDER begins another search')
+            overrides.fail(f'{path} cannot be read ({errors.reason(error)}); --out_dir=FOLDER begins another search')
         if there < made:
             overrides.fail(f'{path} knows of {there} set-ups, and {made} have results; --out_dir=FOLDER begins another '
                            'search')

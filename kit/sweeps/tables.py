@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 
 import numpy as np
 
@@ -96,9 +95,7 @@ def draw(sweep, folder, results):
             name = label(row['point']) + (f' (mean of {len(histories)})' if len(histories) > 1 else '')
             lines[name] = mean_history(histories)
     if lines:
-        part = folder / '.comparison.part.png'
-        pictures.comparison(lines, part, metric=sweep.metric, is_max=bool(sweep.maximise))
-        os.replace(part, folder / 'comparison.png')
+        pictures.comparison(lines, folder / 'comparison.png', metric=sweep.metric, is_max=bool(sweep.maximise))
     return len(lines)
 
 

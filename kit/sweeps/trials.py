@@ -14,7 +14,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -310,8 +309,6 @@ def command(sweep, run, script):
 
 def start(sweep, run, script, gpu=None, threads=None):
     """Start the process of a run. gpu: the one that it sees. threads: of the CPU that it may use."""
-    if run.folder.exists() and not any(run.folder.glob('*.pt')):
-        shutil.rmtree(run.folder)  # it was interrupted before its first checkpoint, and begins anew
     run.folder.mkdir(parents=True, exist_ok=True)
     words = command(sweep, run, script)
     if sys.platform == 'linux':
@@ -397,14 +394,15 @@ def finish(sweep, run):
     at_step, best = curves.best(history, sweep.metric, bool(sweep.maximise))
     words, facts = last_words(run.folder, status), runlogs.read_facts(run.folder)
     guess = math.log(facts.get('vocab_size', math.inf))
+    is_astray = len(losses) and not losses[-1] <= max(guess, losses[0])  # a new model begins a little above a guess
     if run.is_pruned and status:
         kind = 'pruned'
     elif status == 1 and words.startswith('stopped at step'):
         kind = 'diverged'
+    elif is_astray and status in (0, 1):  # 1: its weights were none to be saved
+        kind, words = 'diverged', f'{judged} is {losses[-1]:.4f} at the end, and a fair guess has {guess:.4f}'
     elif status or not len(losses):
         kind = 'crashed'
-    elif not losses[-1] <= max(guess, losses[0]):  # a new model begins a little above a guess
-        kind, words = 'diverged', f'{judged} is {losses[-1]:.4f} at the end, and a fair guess has {guess:.4f}'
     elif sweep.metric not in history.series:
         kind, words = 'crashed', without_metric(sweep, history)
     else:
@@ -470,13 +468,13 @@ def sample(folder):
 
 
 def spare(work, *args):
-    """What some work returns. Where the disk does not take its files that is told, once, and the sweep goes on."""
+    """What some work returns. Where the disk, or a library, does not do it that is told, once; the sweep goes on."""
     try:
         return work(*args)
-    except OSError as error:
+    except Exception as error:
         if str(error) not in told:
             told.add(str(error))
-            print(f'WARNING: {error.filename or work.__name__}: {reason(error)}; the sweep goes on',
+            print(f'WARNING: {getattr(error, "filename", None) or work.__name__}: {reason(error)}; the sweep goes on',
                   file=sys.stderr)
 
 

@@ -73,7 +73,7 @@ class History:
                 there = bisect_left(steps, step)
                 del steps[there:], values[there:]
             steps.append(step)
-            values.append(math.nan if value is None else value)
+            values.append(bounded(value))
 
     def cut(self, step):
         """Forget what came after a step."""
@@ -87,10 +87,7 @@ class History:
         steps, values = self.series.get(name, ((), ()))
         begin, end = bisect_right(steps, self.after), bisect_right(steps, self.until)
         begin = begin if n is None else max(begin, end - n)
-        steps, values = np.array(steps[begin:end], dtype=np.int64), np.array(values[begin:end], dtype=np.float64)
-        values[values > BEYOND], values[values < -BEYOND] = math.inf, -math.inf
-        values[abs(values) < 1 / BEYOND] = 0
-        return steps, values
+        return np.array(steps[begin:end], dtype=np.int64), np.array(values[begin:end], dtype=np.float64)
 
     @contextmanager
     def of_this_text(self):
@@ -139,10 +136,11 @@ class History:
                    default=-1)
 
     def settled(self, name, n):
-        """The newest n values of a figure from after the warmup, [] where there are fewer."""
+        """The newest n values of a figure from after the warmup that are finite, [] where few are."""
         steps, values = self.get(name, n)
         warmed_up = len(steps) == n and steps[0] >= self.facts.get('warmup_iters', 0)
-        return values[np.isfinite(values)] if warmed_up else np.array([])
+        values = values[np.isfinite(values)]
+        return values if warmed_up and len(values) > n // 2 else np.array([])
 
     def layers(self, figure, n=5):
         """{layer: median of its newest n values} of grad_norm or update_ratio."""
@@ -180,6 +178,14 @@ class History:
             self.until = int(step)
             self.news()
         self.until = math.inf
+
+
+def bounded(value):
+    """A figure that can be counted with: no float32 is beyond BEYOND, but what a log says may be."""
+    value = math.nan if value is None else value
+    if abs(value) > BEYOND:
+        return math.copysign(math.inf, value)
+    return value if abs(value) >= 1 / BEYOND or math.isnan(value) else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

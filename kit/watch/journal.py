@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from kit.base import files, ranks
-from kit.base.errors import fail, reason
+from kit.base.errors import explained, fail, reason, shown
 from kit.base.overrides import require
 from kit.watch import runlogs
 from kit.watch.diagnosis import History
@@ -116,9 +116,7 @@ class Journal:
             runlogs.read_records(out_dir, self.history)
             self.history.cut(step)
             self.history.replay()  # what was said before the interruption need not be said again
-            lines, _ = self.history.get('clip_rate', 1)
-            steps, norms = self.history.since('grad_norm', lines[0] if len(lines) else -1, 0)
-            self.clipped = list((norms > self.history.clip_limits(steps))[steps < step])
+            self.clipped = self.clipped_before(step)
         self.pictures_due = time.time() + 100  # a shorter run gets them at its end
         self.start = time.time() - max(self.history.last('time', 1), default=0.0)
         name = settings['wandb_run_name'] or out_dir.name
@@ -207,11 +205,26 @@ class Journal:
             for line in self.history.news():
                 print(line)
 
+    def sync(self):
+        """The records of all updates up to now are on the disk: those behind a checkpoint a resume makes again."""
+        self.read()
+        if self.metrics:
+            with suppress(OSError):  # which a full disk has told already
+                os.fsync(self.metrics.fileno())
+
     def go_back(self, step, rewinds):
         """The run goes back to a step, and its records after that are dropped. rewinds: how often it has done so."""
         self.unread, self.on_device = {}, {}
         self.history.cut(step)
+        self.clipped = self.clipped_before(step)
         self.record(step, {'rewinds': rewinds})
+
+    def clipped_before(self, step):
+        """For each of the updates between the last iter line before a step and that step, whether it was clipped."""
+        lines = self.history.get('clip_rate')[0]
+        lines = lines[lines < step]
+        steps, norms = self.history.since('grad_norm', lines[-1] if len(lines) else -1, 0)
+        return list((norms > self.history.clip_limits(steps))[steps < step])
 
     # -----------------------------------------------------------------------------------------------------------------
     # what else there is to see, for TensorBoard and W&B
@@ -229,7 +242,7 @@ class Journal:
             name = f'{what} {args[1]}' if len(args) > 2 else what  # image Attention, histograms
             if name not in self.failed:
                 self.failed.add(name)
-                print(f'WARNING: no {name} from here on: {error}')
+                print(f'WARNING: no {name} from here on: {reason(error)}')
             return
         if self.waiting is not None:
             self.waiting.append((what, args))
@@ -244,7 +257,7 @@ class Journal:
                 if is_lost or (sink.name, what) not in self.failed:
                     self.failed.add((sink.name, what))
                     print(f'WARNING: {sink.name} ({sink.place}) gets {"nothing" if is_lost else f"no {what}"} from '
-                          f'here on: {error}')
+                          f'here on: {reason(error)}')
 
     def start_sinks(self):
         """Importing TensorBoard takes a second; so the first update is made before the sinks get what waits."""
@@ -371,10 +384,12 @@ class WandB:
         self.run.finish()
 
 
-def check_wandb():
+def check_wandb(project):
     """End the script where Weights & Biases is asked for and cannot be had: before anything is written."""
     require('wandb', 'wandb_log = True')
     import wandb
+    with explained(f'wandb_project = {shown(project)}', 'choose another name'):
+        wandb.Settings(project=project)
     if wandb.setup().settings.mode == 'online':
         with suppress(wandb.errors.Error):  # no network, which is no mistake of the user's
             if not wandb.login(prompt=False):
@@ -426,7 +441,7 @@ def run_folder(name, last=None):
         if str(last) == str(place) and place.is_dir() and not place.is_symlink():
             return place
         print(f'TensorBoard: {str(last)[:100]!r}, where this run wrote before, is no folder in runs/ here; a new one')
-    name = re.sub(r'[^\w.=,+-]+', '_', name)[:100].lstrip('.')
+    name = re.sub(r'[^\w.=,+-]+', '_', name).encode()[:100].decode(errors='ignore').lstrip('.')
     folder = Path('runs') / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'
     names = itertools.chain([folder], (f'{folder}.{i}' for i in itertools.count(1)))
     return next(path for path in map(Path, names) if not os.path.lexists(path))

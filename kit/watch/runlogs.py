@@ -25,6 +25,7 @@ ON_AN_ITER_LINE = [(name, re.compile(pattern), unit) for name, pattern, unit in 
     ('tokens_per_second', rf', {NUMBER} tok/s', 1), ('tokens_per_second', rf', {NUMBER}k tok/s', 1e3),
     ('tokens_per_second', rf', {NUMBER}M tok/s', 1e6), ('epoch', rf', epoch {NUMBER}[,\s]', 1)]]
 TOKENS_PER_STEP = re.compile(r'(?:tokens per iteration will be:|micro-steps x [\d,]+ tokens =) (\d[\d,]{0,15})\s')
+OTHER_TEXT = re.compile(r'^dataset: .* is another text than that of the steps up to (\d[\d,]{0,15});')
 LONGEST = 1000  # characters of a line that are looked at from there on
 MOST_STEPS = 2**53  # beyond it they cannot be told apart in a float, nor in a picture
 MOST_SECONDS = 1e12
@@ -78,6 +79,8 @@ def read_config(folder):
     """
     path, found, damage = Path(folder) / 'config.json', {}, ''
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError('it is no file')
         found = {**json.loads(path.read_text(encoding='utf-8-sig', errors='replace'))}
     except FileNotFoundError:
         pass
@@ -159,6 +162,8 @@ def read_console(lines, history):
     for line in plain(lines):
         if match := TOKENS_PER_STEP.search(line):
             history.facts.setdefault('tokens_per_step', int(match[1].replace(',', '')))
+        if match := OTHER_TEXT.search(line):
+            history.facts['other_text_since'] = int(match[1].replace(',', ''))
         if not (match := LINE.search(line)) or len(match[2]) > 15:
             continue
         figures, end = {}, match.end() + LONGEST

@@ -11,22 +11,20 @@ from kit.watch import evaluation
 def show(model, data, meta, device, dtype):
     """
     Print what the model makes of its own: a text, as sample.py would begin it; for pairs, its answers to some prompts
-    of data, the Rows of val; where it fills masks, how it does that.
+    of data, the Rows of val; where it fills masks, how it does that. Raises OSError where the tokenizer had to be
+    downloaded and could not, FloatingPointError where the run has diverged.
     """
-    try:
-        text, reader = tokens.tokenizer(meta['tokenizer']), data.readers[0]
-        if data.is_mlm:
-            print('\nwhat it fills in:\n{}\n{}\n'.format(*fill_masks(model, data, text, device, dtype)))
-        elif isinstance(reader, readers.Padded):
-            numbers, _ = reader.evenly(3)
-            written, _ = answers(model, reader, numbers, text, len(numbers), device, dtype)
-            for i, answer in zip(numbers, written):
-                print(f'\nasked:\n{tokens.decode(text, reader.pair(i)[0][:-1])}\nits answer: {answer}')
-            print()
-        else:
-            print(f'\na sample of its own:\n{write(model, text, meta, 400, device, dtype)}\n')
-    except (OSError, FloatingPointError) as error:  # the tokenizer had to be downloaded, or the run has diverged
-        print(f'no sample: {error}')
+    text, reader = tokens.tokenizer(meta['tokenizer']), data.readers[0]
+    if data.is_mlm:
+        print('\nwhat it fills in:\n{}\n{}\n'.format(*fill_masks(model, data, text, device, dtype)))
+    elif isinstance(reader, readers.Padded):
+        numbers, _ = reader.evenly(3)
+        written, _ = answers(model, reader, numbers, text, len(numbers), device, dtype)
+        for i, answer in zip(numbers, written):
+            print(f'\nasked:\n{tokens.decode(text, reader.pair(i)[0][:-1])}\nits answer: {answer}')
+        print()
+    else:
+        print(f'\na sample of its own:\n{write(model, text, meta, 400, device, dtype)}\n')
 
 
 def write(model, text, meta, length, device, dtype):
