@@ -762,13 +762,14 @@ def test_bayes_goes_on_where_it_was_killed_while_it_asked(tmp_path):
 
 def test_bayes_without_its_study(tmp_path, capsys):
     pytest.importorskip('optuna')
-    for damage in None, 'no database':
-        if damage:
+    for damage in None, '', 'no database':
+        if damage is not None:
             (tmp_path / 'study.db').write_text(damage)
         with pytest.raises(SystemExit) as end:
             a_study(tmp_path, 'n_layer = [1, 2]', [(1, 1337)])
         err = capsys.readouterr().err
         assert end.value.code == 2 and 'study.db' in err and err.count('\n') == 1
+        assert [path.read_text() for path in tmp_path.glob('study.db')] == ([] if damage is None else [damage])
 
 
 def test_bayes_with_seeds_variants_and_failures(sweep, tmp_path):

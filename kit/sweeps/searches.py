@@ -5,6 +5,7 @@ Biases. Both are optional packages.
 
 import json
 import math
+import os
 import random
 import shlex
 import sys
@@ -40,6 +41,8 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.sweep, self.folder = optuna, sweep, folder
         path = folder.resolve() / 'study.db'
+        if results and not (os.path.isfile(path) and os.path.getsize(path)):  # else SQLite makes a new one there
+            overrides.fail(f'{path} is gone or empty; --out_dir=FOLDER begins another search')
         try:
             self.study = optuna.create_study(storage=f'sqlite:///{path}', study_name='sweep', load_if_exists=True,
                                              direction='maximize' if sweep.maximise else 'minimize',
