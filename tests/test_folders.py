@@ -256,6 +256,16 @@ def test_a_best_in_a_folder_that_is_no_utf8_is_kept(train, run, tiny):
     assert run('checkpoint_averaging.py', f'--checkpoint_dir={name}', '--num_checkpoints=2').status == 0
 
 
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs pipes')
+@pytest.mark.parametrize('name', ['data/tiny/train.bin', 'data/tiny/val.bin', 'checkpoints/config.json',
+                                  'checkpoints/training.log', 'checkpoints/.lock'])
+def test_a_pipe_is_not_waited_for(run, tiny, trained, name):
+    (tiny / name).unlink()
+    os.mkfifo(tiny / name)
+    result = run('train.py', '--init_from=resume', '--max_iters=12', '--device=cpu')
+    assert name.rpartition('/')[2] in result.out + result.err and len(result.err.splitlines()) == (result.status == 2)
+
+
 def test_a_home_that_no_shell_has_written_out(train, tiny):
     result = train('--out_dir=~/exp1')
     assert result.status == 2 and 'the shell' in result.err and not (tiny / '~').exists()

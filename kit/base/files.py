@@ -6,6 +6,7 @@ A link at the place of a file of ours may name any other file of the user's: it 
 
 import errno
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,9 +14,13 @@ NO_SURPRISE = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)  # no 
 
 
 def open_own(path, mode='a', **options):
-    """open() for a file that a script writes beside others of its own. Raises OSError, also where a link is there."""
+    """open() for a file that a script writes beside others of its own. Raises OSError, also where a link or a pipe is."""
     def opener(path, flags):
-        return os.open(path, flags | NO_SURPRISE, 0o666)
+        handle = os.open(path, flags | NO_SURPRISE, 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(errno.EINVAL, 'it is a pipe or a device, and no file; remove it', str(path))
+        return handle
     try:
         return open(path, mode, opener=opener, **options)
     except OSError as error:

@@ -427,6 +427,8 @@ def read_tokens(path, meta, scan_up_to):
     """One .bin file as a memory map, after a look at its size, its hash and its ids, of so many tokens at most."""
     again = 'prepare the dataset again'
     expected = meta.get('files', {}).get(path.stem)
+    if not path.is_file():  # a pipe would be waited for
+        fail(f'{path} is no file; {again}')
     with explained(f'{path} cannot be read', again):
         size = path.stat().st_size
         with open(path, 'rb') as file:
