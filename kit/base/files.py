@@ -14,7 +14,7 @@ NO_SURPRISE = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)  # no 
 
 
 def open_own(path, mode='a', **options):
-    """open() for a file that a script writes beside others of its own. Raises OSError, also where a link or a pipe is."""
+    """open() for a file that a script writes beside others of its own. Raises OSError, also for a link or a pipe."""
     def opener(path, flags):
         handle = os.open(path, flags | NO_SURPRISE, 0o666)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
