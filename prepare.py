@@ -48,6 +48,7 @@ if not re.fullmatch(r'[\w-][\w.-]*', dataset):
     overrides.fail(f'dataset = {dataset!r}: it needs a name, such as --dataset=mytext, or one of '
                    f'{", ".join(corpora.SMALL + corpora.LARGE)}')
 
-corpora.prepare(dataset, input, tokenizer, overwrite, vocab_size=vocab_size, text_key=text_key, pairs=pairs,
-                split=split, seed=seed, errors=errors, shard_size=shard_size, separator=separator)
-print(f'next: python train.py --dataset={dataset}')
+folder = corpora.prepare(dataset, input, tokenizer, overwrite, vocab_size=vocab_size, text_key=text_key, pairs=pairs,
+                         split=split, seed=seed, errors=errors, shard_size=shard_size, separator=separator)
+has_pairs = (folder / 'train.rows.npy').exists()
+print(f'next: python train.py --dataset={dataset}{" --batch_mode=padded" if has_pairs else ""}')

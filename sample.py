@@ -8,9 +8,7 @@ $ python sample.py --checkpoint=exp1/best.pt,exp2/best.pt       the mean of what
 $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --max_new_tokens=100
 """
 
-import codecs
 import sys
-from pathlib import Path
 
 import torch
 
@@ -46,11 +44,7 @@ config = overrides.apply(globals(), [
 ])
 if start.startswith('FILE:'):
     with explained(f'start = {start!r}: the file cannot be read', 'a prompt is text in UTF-8'):
-        data = Path(start[5:]).read_bytes()
-        is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        start = data.decode('utf-16' if is_utf_16 else 'utf-8-sig').replace('\r\n', '\n')
-        if '\0' in start:
-            raise ValueError('it holds null characters')
+        start = tokens.read_prompt(start[5:])
     if not start:
         overrides.fail(f'start = {config["start"]!r}: the file is empty, and a prompt needs at least one character')
 
@@ -108,11 +102,9 @@ else:
         remedy = '' if end is None else f"; --separator='{tokens.END}' makes it the end of a document"
         print(f'start: {tokens.END} stands there as plain text{remedy}')
     try:
-        prompt, *others = [text.encode(piece) for piece in (start.split(separator) if separator else [start])]
+        prompt = tokens.encode_prompt(text, start, separator, end)
     except ValueError as error:
         overrides.fail(f'start: {error}')
-    for piece in others:
-        prompt += [end, *piece]
 if not prompt:
     overrides.fail(f'start = {start!r}: nothing in it is a token of this model')
 if max(prompt) >= meta['vocab_size']:

@@ -9,7 +9,7 @@ $ python train.py --init_from=resume                                go on after 
 $ python train.py --init_from=exp1/best.pt --dataset=book           a new run that begins with the weights of another
 $ python train.py --test --checkpoint=checkpoints/best.pt           what a checkpoint is worth on the test split
 $ python train.py --inspect_step=1234                               which text made the spike of that step
-$ python train.py config/train_gpt2.py --max_minutes=30             as many steps as fit, the rate falling to the end
+$ python train.py --max_minutes=30                                  as many steps as fit, the rate falling to the end
 $ python train.py config/train_gpt2.py --find_lr                    which learning rate to begin with
 """
 

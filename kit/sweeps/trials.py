@@ -139,6 +139,8 @@ def read(word, given, script):
     The Sweep in a file. given: settings that the command line has put over it. script: train.py, whose settings it may
     name. Whatever is wrong with it ends the script; nothing is written here.
     """
+    if not word.endswith('.py'):
+        overrides.fail(f'{shown(word)}: a sweep file is Python and ends in .py, such as config/sweeps/rate_grid.py')
     train = overrides.read_script(script)
     defaults = train.settings
     helpers = {'uniform': uniform, 'log_uniform': log_uniform}
