@@ -193,11 +193,11 @@ def test_checkpoints_of_before_go_by_what_they_have(train, run, tiny):
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs SIGKILL')
-@pytest.mark.parametrize('interval', [7, 10, 1000])
-def test_a_kill_after_a_save_loses_no_record(train, tiny, interval):
+@pytest.mark.parametrize('interval, dtype', [(7, 'float32'), (10, 'float32'), (1000, 'float16')])
+def test_a_kill_after_a_save_loses_no_record(train, tiny, interval, dtype):
     """And the shares of clipped updates, told at each iter line, are those of the run that was not killed."""
     args = [f'--log_interval={interval}', '--eval_interval=0', '--save_interval=20', '--grad_clip_quantile=0.5',
-            '--decay_lr=False']
+            '--decay_lr=False', f'--dtype={dtype}']
     command = [sys.executable, ROOT / 'train.py', '--dataset=tiny', *TINY, *args, '--max_iters=100000', '--out_dir=cut']
     process = subprocess.Popen(command, cwd=tiny, stdout=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '1'})
     while not (tiny / 'cut/step_0000060.pt').exists():
@@ -264,6 +264,13 @@ def test_a_pipe_is_not_waited_for(run, tiny, trained, name):
     os.mkfifo(tiny / name)
     result = run('train.py', '--init_from=resume', '--max_iters=12', '--device=cpu')
     assert name.rpartition('/')[2] in result.out + result.err and len(result.err.splitlines()) == (result.status == 2)
+
+
+def test_a_run_may_have_a_copy_of_the_script_beside_it(run, tiny, trained):
+    for name in 'train.py', 'meta.pkl':
+        shutil.copy(ROOT / 'train.py', trained / name)
+    result = run('train.py', '--init_from=resume', '--max_iters=12', '--device=cpu')
+    assert result.status == 0, result.err
 
 
 def test_a_home_that_no_shell_has_written_out(train, tiny):

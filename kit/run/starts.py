@@ -62,6 +62,8 @@ def find_start(config, trains, GPTConfig):
     elif init_from.endswith('.pt'):
         found = checkpoints.load(init_from)
         print(f'weights: {init_from}, after {found["iter_num"]} steps')
+        if 'meta' not in found:
+            print(f'{init_from} names no tokenizer: its ids are taken to be those of the dataset')
         saved = {key: found[key] for key in ('model_args', 'meta') if key in found} | {
             'model': checkpoints.weights(found, weights)}
     elif init_from != 'scratch':

@@ -48,8 +48,11 @@ def check_place(folder):
     place = folder.resolve()
     taken = {(root / name).resolve() for root in (Path.cwd(), ROOT) for name in OTHERS}
     of_others = {ROOT / name for name in ('kit', 'config', 'tests', 'docs', 'bench')}
-    if place in {Path.cwd(), *Path.cwd().parents, *taken} or of_others & {*place.parents} or any(
-            (folder / name).exists() for name in ('train.py', 'train.bin', 'val.bin', 'meta.json', 'meta.pkl')):
+    names = ['train.bin', 'val.bin']
+    if not any(folder.glob('*.pt')):  # beside the checkpoints of a run there may be copies of these
+        names += ['train.py', 'meta.json', 'meta.pkl']
+    if place in {ROOT, Path.cwd(), *Path.cwd().parents, *taken} or of_others & {*place.parents} or any(
+            (folder / name).exists() for name in names):
         fail(f'out_dir = {str(folder)!r}: other things are kept there, and the run needs a folder of its own, such as '
              '--out_dir=exp1')
 

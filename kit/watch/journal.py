@@ -191,8 +191,8 @@ class Journal:
         if unread:
             self.fill_in(unread)
             limit, more = self.history.facts['grad_clip'] or math.inf, {}
-            self.clipped += [found['grad_norm'] > found.get('clip_limit', limit) for found, _ in unread.values()
-                             if 'grad_norm' in found]
+            self.clipped += [found.get('clip_limit', limit) < found['grad_norm'] < math.inf
+                             for found, _ in unread.values() if 'grad_norm' in found]
             if figures and self.clipped:
                 more = {'clip_rate': sum(self.clipped) / len(self.clipped)}
             if figures:
@@ -224,7 +224,8 @@ class Journal:
         lines = self.history.get('clip_rate')[0]
         lines = lines[lines < step]
         steps, norms = self.history.since('grad_norm', lines[-1] if len(lines) else -1, 0)
-        return list((norms > self.history.clip_limits(steps))[steps < step])
+        is_clipped = np.isfinite(norms) & (norms > self.history.clip_limits(steps))  # JSON has no inf to go by
+        return list(is_clipped[steps < step])
 
     # -----------------------------------------------------------------------------------------------------------------
     # what else there is to see, for TensorBoard and W&B
@@ -343,7 +344,7 @@ class WandB:
     def __init__(self, out_dir, settings, name, run_id):
         import wandb
         self.out_dir, self.wandb, self.settings = out_dir, wandb, settings
-        run_id = run_id if re.fullmatch(r'[\w-]{1,64}', str(run_id)) else None  # it is part of a path of wandb's
+        run_id = run_id if re.fullmatch(r'[A-Za-z0-9_-]{1,64}', str(run_id)) else None  # a part of a path
         options = dict(project=settings['wandb_project'], name=name, config=settings, id=run_id,
                        resume='allow' if run_id else None)
         try:
@@ -375,7 +376,8 @@ class WandB:
         self.run.watch(model, log='all', log_freq=self.settings['log_interval'] or 1000)
 
     def close(self):
-        files = [path for path in (self.out_dir / 'best.pt', self.out_dir / 'ckpt.pt') if path.is_file()]
+        files = [path for path in (self.out_dir / 'best.pt', self.out_dir / 'ckpt.pt')
+                 if path.is_file() and not path.is_symlink()]
         if files:
             artifact = self.wandb.Artifact(f'checkpoints-{self.run.id}', type='model')
             for path in files:
