@@ -923,6 +923,7 @@ def test_a_short_run_that_diverges(run, tiny):
     assert 'crashed' not in result.out and result.out.count('diverged: val/loss is') == 2, result.out + result.err
 
 
+@pytest.mark.long
 def test_what_lies_in_the_folder_of_a_run_to_come_stays(run, tiny):
     words = ' '.join([*TINY, '--dataset=tiny', '--max_iters=2'])
     (tiny / 'x.py').write_text(f'config = {words!r}\nlearning_rate = [1e-3, 2e-3]\n')
