@@ -3,8 +3,11 @@ Which device, number format and compiler a run takes. Chosen by fixed rules; eac
 """
 
 import importlib.util
+import os
 import re
+import textwrap
 import time
+import warnings
 from contextlib import nullcontext, suppress
 from functools import cache
 
@@ -14,36 +17,70 @@ import torch
 
 from kit.base.errors import fail
 
-# dense bfloat16 (float16 before Ampere) peak in FLOP/s, from the makers' data sheets; the first name found counts
+# dense bfloat16 (float16 before Ampere) peak in FLOP/s, from the makers' data sheets; the first name found counts, so
+# what is longer stands before what it begins with. GeForce: with sums in float32, as torch takes them
 PEAK_FLOPS = {
-    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'GH200': 989e12,
-    'A100': 312e12, 'A10G': 70e12, 'A10': 125e12, 'A6000': 155e12, 'L40S': 362e12, 'L4': 121e12,
-    'RTX 5090': 209e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12,
+    'GB300': 2500e12, 'B300': 2250e12, 'GB200': 2500e12, 'B200': 2250e12,
+    'GH200': 989e12, 'H200 NVL': 835e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
+    'H800 PCIe': 756e12, 'H800': 989e12, 'H20': 148e12,
+    'A100': 312e12, 'A800': 312e12, 'A30': 165e12, 'A40': 149.7e12, 'A10G': 70e12, 'A10': 125e12, 'RTX A6000': 155e12,
+    'L40S': 362e12, 'L40': 181e12, 'L20': 119.5e12, 'L4': 121e12, 'RTX 6000 Ada': 364e12,
+    'RTX PRO 6000 Blackwell Workstation': 503.8e12,
+    'RTX 5090': 209e12, 'RTX 5080': 112.6e12, 'RTX 4090': 165e12, 'RTX 4080': 97.5e12,
+    'RTX 3090 Ti': 80e12, 'RTX 3090': 71e12, 'RTX 3080': 59.5e12,
+    'V100-PCIE': 112e12, 'V100': 125e12, 'T4': 65e12,
 }
+
+# what has the name of a card and not its speed: a slice of it (MIG, or a vGPU such as A10-4Q), its version for laptops
+LESS_THAN_THE_CARD = re.compile(r'\b(MIG|Laptop|Max-Q)\b|-\d+[ABCQ](ME)?\b')
+ANOTHER_CARD = r'(?! (Ti|SUPER|D|NVL)\b)'  # behind its name
 
 # compiling costs half a minute to a minute; below this much arithmetic a run is over before that pays
 COMPILE_FROM_FLOPS = 1e16
 
+# the host takes about 1 to 2 ms to launch the kernels of a small model; a fast GPU does this much arithmetic in less,
+# and waits, unless a CUDA graph launches them at once. An estimate: not measured on any GPU yet
+CUDA_GRAPHS_BELOW_FLOPS = 1e11
+
+NO_GPU = 'no GPU was found'
+BUILDS = 'pytorch.org/get-started/locally'
+
 
 def choose_device(name, local_rank=0, world_size=1):
-    """'auto' or a name as torch knows it ('cpu', 'cuda', 'cuda:1', 'mps') -> torch.device."""
-    if name == 'auto':
+    """
+    'auto' or a name as torch knows it ('cpu', 'cuda', 'cuda:1', 'mps') -> torch.device. A GPU that is here and cannot
+    be used: 'auto' says why and takes the CPU, a name of CUDA's ends the script.
+    """
+    index = local_rank if world_size > 1 else 0
+    fault, reason = '', 'as asked'
+    is_auto = name == 'auto'
+    if is_auto:
+        fault = cuda_fault(index)
         has_mps = torch.backends.mps.is_available() and world_size == 1  # gloo knows no mps
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
-        reason = {'cuda': 'a CUDA GPU is here', 'mps': 'an Apple GPU is here', 'cpu': 'no GPU was found'}[name]
-    else:
-        reason = 'as asked'
+        name = 'cuda' if not fault else 'mps' if has_mps else 'cpu'
+        reason = {'cuda': 'a CUDA GPU is here', 'mps': 'an Apple GPU is here', 'cpu': NO_GPU}[name]
+        if fault and fault != NO_GPU:
+            reason = f'the GPU is not used: {fault}'
+            if world_size > 1:
+                fail(f"device = 'auto': {reason}; of several processes the others may have theirs: --device=cpu is the "
+                     'CPU for all')
     try:
         device = torch.device(name)
     except RuntimeError:
         fail(f'device = {name!r}: torch knows no such device; try auto, cpu, cuda, cuda:1 or mps')
-    count = {'cpu': 1, 'mps': int(torch.backends.mps.is_available()), 'cuda': torch.cuda.device_count()}
-    if device.type not in count:
+    if device.type not in ('cpu', 'mps', 'cuda'):
         fail(f'device = {name!r}: flatGPT runs on cpu, cuda and mps')
     if world_size > 1 and (device.type == 'mps' or device.index is not None):
         fail(f'device = {name!r}: of several processes each takes a GPU of its own, or all the CPU: auto, cuda, cpu')
     if device.type == 'cuda' and device.index is None:
-        device = torch.device('cuda', local_rank if world_size > 1 else 0)
+        device = torch.device('cuda', index)
+    if device.type == 'cuda' and not is_auto:
+        fault = cuda_fault(device.index)
+        if fault and fault != NO_GPU:
+            fail(f'device = {name!r}: {fault}')
+    # torch counts the cards that the driver shows, whether CUDA can use them or not
+    count = {'cpu': 1, 'mps': int(torch.backends.mps.is_available()),
+             'cuda': 0 if fault == NO_GPU else torch.cuda.device_count()}
     if (device.index or 0) >= count[device.type]:
         here = ', '.join(f'{n} {kind}' for kind, n in count.items() if n)
         fail(f'device = {name!r}: it is not on this machine (here: {here}); --device=auto takes what there is')
@@ -52,9 +89,67 @@ def choose_device(name, local_rank=0, world_size=1):
         torch.set_float32_matmul_precision('high')  # TF32 where a product is in float32, as in nanoGPT
         reason += f', {torch.cuda.get_device_name(device)}'
     elif device.type == 'cpu':
-        reason += f', {torch.get_num_threads()} threads'
+        threads = f'{torch.get_num_threads()} threads'
+        reason = f'{threads}; {reason}' if fault not in ('', NO_GPU) else f'{reason}, {threads}'
     print(f'device: {device} ({reason})')
     return device
+
+
+def cuda_fault(index):
+    """
+    Why this torch cannot compute on the GPU of this number, with the remedy; '' where it can, and where there are GPUs
+    and none of this number. NO_GPU where there is none, or torch is built without CUDA.
+    """
+    if not torch.backends.cuda.is_built():
+        return NO_GPU
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch warns of the same, in many lines
+        try:
+            torch.cuda.init()  # it raises what is_available() keeps to itself
+            if index >= torch.cuda.device_count():
+                return ''
+            torch.cuda.set_device(index)  # a card can be broken, or another process can have it for itself
+            major, minor = torch.cuda.get_device_capability(index)
+        except Exception as error:
+            return cuda_error((str(error).splitlines() or [type(error).__name__])[0])
+    archs = torch.cuda.get_arch_list()
+    if not has_kernels(major, minor, archs):
+        return (f'{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and this torch has '
+                f'kernels for {" ".join(archs)} alone; another build of torch ({BUILDS})')
+    return ''
+
+
+def cuda_error(words):
+    """What torch says (c10/cuda/CUDAFunctions.cpp) where CUDA does not come up, as cuda_fault gives it."""
+    if re.search('no NVIDIA driver|No .*GPUs are available', words):
+        return NO_GPU
+    if found := re.search(r'driver .*too old \(found version (\d+)', words):
+        version = int(found[1])  # 12040 is CUDA 12.4
+        return (f'the driver is too old: it knows CUDA up to {version // 1000}.{version % 1000 // 10}, this torch is '
+                f'built for {torch.version.cuda}; a newer driver (nvidia.com) or a torch for an older CUDA ({BUILDS})')
+    return (f'CUDA does not work here ({textwrap.shorten(words, 300, placeholder=" ...")}); nvidia-smi shows whether '
+            'driver and card are well')
+
+
+def has_kernels(major, minor, archs):
+    """
+    Whether code for one of archs (as torch.cuda.get_arch_list gives them) runs on a GPU of this compute capability:
+    that for sm_XY from X.Y to the end of X, for sm_XYf too, for sm_XYa on X.Y alone; compute_XY is compiled by the
+    driver, for X.Y and all that is newer (NVIDIA: CUDA C++ Programming Guide, Compute Capabilities). Where no name is
+    of this form, as on ROCm, there is nothing to judge by.
+    """
+    known = [found.groups() for arch in archs if (found := re.fullmatch(r'(sm|compute)_(\d+)(\d)([af]?)', arch))]
+    for kind, x, y, suffix in known:
+        code = int(x), int(y)
+        if suffix == 'a':
+            runs = code == (major, minor)
+        elif kind == 'compute' and not suffix:
+            runs = code <= (major, minor)
+        else:
+            runs = code[0] == major and code[1] <= minor
+        if runs:
+            return True
+    return not known
 
 
 def choose_dtype(name, device):
@@ -67,6 +162,8 @@ def choose_dtype(name, device):
             name, reason = 'bfloat16', 'this GPU computes in it, and it needs no loss scaling'
         else:
             name, reason = 'float16', 'this GPU is too old for bfloat16; the loss is scaled'
+    if name == 'float32' and device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0):
+        reason += '; matrix products run in TF32, which keeps 10 bits of the 23 behind the point'
     print(f'dtype: {name} ({reason})')
     return name
 
@@ -87,6 +184,42 @@ def choose_compile(wanted, device, flops):
     return chosen
 
 
+def choose_compile_mode(name, device, flops, micro_steps=1):
+    """
+    'auto' or a mode as torch.compile knows it -> that mode. flops: the arithmetic of one micro-step, forward and
+    backward; micro_steps: of this process in a step. To be called where the model is compiled.
+    """
+    reason = 'as asked'
+    if name in ('reduce-overhead', 'max-autotune') and device.type == 'cuda' and micro_steps > 1:
+        fail(f'compile_mode = {name!r}: its CUDA graphs lose gradients that add up over {micro_steps} micro-steps '
+             '(pytorch/pytorch#169545); --gradient_accumulation_steps=1 with a larger --batch_size, or '
+             '--compile_mode=default')
+    if name == 'auto' and device.type != 'cuda':
+        name, reason = 'default', 'CUDA graphs are for CUDA'
+    elif name == 'auto' and micro_steps > 1:
+        name, reason = 'default', 'CUDA graphs lose gradients that add up over micro-steps'
+    elif name == 'auto' and flops < CUDA_GRAPHS_BELOW_FLOPS:
+        name, reason = 'reduce-overhead', f'CUDA graphs: the GPU would wait for the host to launch {flops:.1e} FLOPs'
+    elif name == 'auto':
+        name, reason = 'default', f'a micro-step of {flops:.1e} FLOPs keeps the GPU busy without CUDA graphs'
+    print(f'compile_mode: {name} ({reason})')
+    return name
+
+
+def make_deterministic():
+    """
+    Sums on a GPU come out the same each time. Strictly: what can only warn leaves torch's memory-efficient attention as
+    it is (aten/src/ATen/native/transformers/cuda/attention_backward.cu), and an operation that has no such form
+    raises RuntimeError. To be called before the first matrix product on the device, when cuBLAS reads its variable.
+    """
+    workspace = os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    if workspace not in (':4096:8', ':16:8'):
+        fail(f'the environment has CUBLAS_WORKSPACE_CONFIG={workspace}: the same sums each time take :4096:8 or :16:8; '
+             'unset it')
+    torch.use_deterministic_algorithms(True)
+    print(f'deterministic: True (deterministic algorithms, CUBLAS_WORKSPACE_CONFIG={workspace}; slower on a GPU)')
+
+
 def autocast(device, dtype):
     """The context in which matrix products run in dtype (a name); nothing changes for float32."""
     return nullcontext() if dtype == 'float32' else torch.autocast(device.type, getattr(torch, dtype))
@@ -103,6 +236,37 @@ def send(array, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else tensor.to(device)
 
 
+def row_multiple(device):
+    """Of how many tokens padded rows are a multiple: the kernels and the memory of a GPU are made for few widths."""
+    return 64 if device.type == 'cuda' else 1
+
+
+def runs_ahead(device):
+    """Whether the host only queues work there, and goes on before it is done."""
+    return device.type == 'cuda'
+
+
+def fetch(tensor):
+    """
+    Begin to copy a tensor to the host -> a function that waits for this copy alone, not for what the device was given
+    after it, and returns the CPU tensor. Without a queue the copy is made at once; of a tensor on the CPU there is
+    none, so what changes it in place changes what was fetched.
+    """
+    tensor = tensor.detach()
+    if not runs_ahead(tensor.device):
+        here = tensor.cpu()
+        return lambda: here
+    here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)  # into other memory a copy would wait
+    here.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait():
+        copied.synchronize()
+        return here
+    return wait
+
+
 def synchronize(device):
     """Wait until the device has done all its work, so that the clock can be read."""
     if device.type == 'cuda':
@@ -111,17 +275,22 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
+def listed_peak(name):
+    """The data sheet's FLOP/s of a GPU, by its name as the driver gives it; None where PEAK_FLOPS has no such card."""
+    if LESS_THAN_THE_CARD.search(name):
+        return None
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf'\b{known}\b{ANOTHER_CARD}', name)), None)
+
+
 @cache
 def peak_flops(device, dtype):
     """The FLOP/s that this device could reach at best, for MFU. A device with no data sheet here is measured, once."""
     if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-        for known, peak in PEAK_FLOPS.items():
-            if re.search(rf'\b{known}\b', name):
-                if dtype != 'float32':
-                    return peak
-                if torch.cuda.get_device_capability(device) >= (8, 0):
-                    return peak / 2  # TF32 runs at half the rate; older ones have none
+        peak = listed_peak(torch.cuda.get_device_name(device))
+        if peak and dtype != 'float32':
+            return peak
+        if peak and torch.cuda.get_device_capability(device) >= (8, 0):
+            return peak / 2  # TF32 runs at half the rate; older ones have none
     n = 4096 if device.type == 'cuda' else 1024 if dtype != 'float16' else 128  # a CPU is a hundred times slower in it
     own = torch.Generator(device)  # the states of the others go into checkpoints, and a look changes nothing
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype), generator=own)
@@ -138,16 +307,26 @@ def peak_flops(device, dtype):
 
 
 def usage(device):
-    """Memory in GiB, and how busy the machine is, under the names of metrics.jsonl."""
-    this = psutil.Process()
-    figures = {'system/cpu_memory_gib': this.memory_info().rss / 2**30,
-               'system/cpu_free_gib': psutil.virtual_memory().available / 2**30,
-               'system/cpu_percent': psutil.cpu_percent()}  # of all cores, since the last call
-    if device.type == 'cuda':
+    """
+    Memory in GiB, and how busy the machine is, under the names of metrics.jsonl. What cannot be had is left out: a log
+    line ends no run, and a container, a slice of a GPU (MIG, vGPU) or a driver may refuse any of these.
+    """
+    gib = 2**30
+
+    def used_by_all():
         free, total = torch.cuda.mem_get_info(device)
-        figures |= {'system/gpu_memory_gib': torch.cuda.memory_allocated(device) / 2**30,
-                    'system/gpu_peak_gib': torch.cuda.max_memory_allocated(device) / 2**30,
-                    'system/gpu_used_gib': (total - free) / 2**30}  # by all processes
-        with suppress(ModuleNotFoundError, RuntimeError):  # it takes nvidia-ml-py
-            figures['system/gpu_percent'] = torch.cuda.utilization(device)
+        return (total - free) / gib
+
+    probes = {'system/cpu_memory_gib': lambda: psutil.Process().memory_info().rss / gib,
+              'system/cpu_free_gib': lambda: psutil.virtual_memory().available / gib,
+              'system/cpu_percent': psutil.cpu_percent}  # of all cores, since the last call
+    if device.type == 'cuda':
+        probes |= {'system/gpu_memory_gib': lambda: torch.cuda.memory_allocated(device) / gib,
+                   'system/gpu_peak_gib': lambda: torch.cuda.max_memory_allocated(device) / gib,
+                   'system/gpu_used_gib': used_by_all,
+                   'system/gpu_percent': lambda: torch.cuda.utilization(device)}
+    figures = {}
+    for name, probe in probes.items():
+        with suppress(Exception):
+            figures[name] = probe()
     return figures

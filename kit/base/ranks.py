@@ -8,6 +8,7 @@ One process alone is rank 0 of 1, and nothing here imports torch.distributed for
 
 import os
 import sys
+from datetime import timedelta
 
 from kit.base.errors import explained, fail
 
@@ -25,6 +26,12 @@ rank, local_rank, world_size = variable('RANK', 0), variable('LOCAL_RANK', 0), v
 if rank >= world_size:
     fail(f'the environment has RANK={rank} and WORLD_SIZE={world_size}; start with torchrun, or unset RANK')
 is_main = rank == 0
+
+# how long the others wait for one of them before they are killed; torch's own 30 and 10 minutes are shorter than some
+# of what they wait for. Where one dies, torchrun ends the others at once, whatever stands here
+GLOO_TIMEOUT = timedelta(hours=12)  # rank 0's downloads and uploads
+NCCL_TIMEOUT = timedelta(hours=2)   # rank 0's save, in the next sum over the gradients
+
 between_hosts = None  # a group of gloo's, None = the default one
 
 
@@ -39,18 +46,22 @@ def start(backend, device):
         fail(f'the environment has WORLD_SIZE={world_size} and no {missing[0]}; start several processes with torchrun, '
              'or unset WORLD_SIZE')
     with explained('the processes cannot meet', 'start them with torchrun'):
-        dist.init_process_group(backend, device_id=device if backend == 'nccl' else None)
+        # not in init_process_group, which would wait as long for one that never comes
+        store, *_ = next(dist.rendezvous('env://'))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                                timeout=NCCL_TIMEOUT if backend == 'nccl' else GLOO_TIMEOUT,
+                                device_id=device if backend == 'nccl' else None)
     if backend == 'nccl':  # what the hosts say to each other must not wait for the devices
         global between_hosts
-        between_hosts = dist.new_group(backend='gloo')
+        between_hosts = dist.new_group(backend='gloo', timeout=GLOO_TIMEOUT)
     print(f'processes: {world_size} (torchrun), backend {backend}')
 
 
 def wait():
-    """All processes meet here."""
+    """All processes meet here, for as long as one of them takes."""
     if world_size > 1:
         import torch.distributed as dist
-        dist.barrier()
+        dist.barrier(group=between_hosts)
 
 
 def wrap(model, device):
@@ -129,7 +140,7 @@ def leave(status=0):
     """End the script, all processes together. To be called where nothing is left to close."""
     if world_size > 1:
         import torch.distributed as dist
-        dist.barrier()
+        dist.barrier(group=between_hosts)
         dist.destroy_process_group()
         sys.stdout.flush()
         # gloo's threads can abort a process while its interpreter winds down (in 2 of 6 runs with torch 2.13,
