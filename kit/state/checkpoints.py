@@ -30,6 +30,8 @@ from kit.data.tokens import is_same_tokenizer
 from kit.learn import model_state, optimizer_state
 from kit.state import folders, forms
 
+THREADS = min(8, os.cpu_count() or 1)  # that read a file side by side
+
 
 class Damaged(Exception):
     """A file that will not do as a checkpoint, other bytes than were written, none of ours, or gone: which, and why."""
@@ -59,27 +61,32 @@ def save(checkpoint, folder, names, stop_on_error=False, parameters=None):
     Returns whether it was saved. Where it could not be, the older checkpoints are untouched, and one line says why:
     a run is worth more than one checkpoint. With stop_on_error it ends the script.
     """
+    return report(write(checkpoint, folder, names, parameters), stop_on_error)
+
+
+def write(checkpoint, folder, names, parameters=None, tell=print, threads=THREADS):
+    """save, whose lines go to tell. Returns '', or why nothing was saved. threads: see verify."""
     folder = Path(folder)
     own = names[-1] if names[-1] == 'ckpt.pt' else f'{names[-1]}.{os.getpid()}'  # only a run has its folder alone
     part, link = folder / f'.{own}.part', folder / f'.{own}.link'
     loss = checkpoint.get('best_val_loss', math.inf)
-    if 'best.pt' in names and not (math.isfinite(loss) and loss <= best_val_loss(folder)):
+    if 'best.pt' in names and not (math.isfinite(loss) and loss <= best_val_loss(folder, threads)):
         names = [name for name in names if name != 'best.pt']
-        print(f'{folder / "best.pt"} stays: ' + (
+        tell(f'{folder / "best.pt"} stays: ' + (
             'it is better, or cannot be read' if math.isfinite(loss) else 'the new val loss is no number'))
     checkpoint = checkpoint | {'parameters': list(parameters or checkpoint['model'])}
     try:
         if bad := forms.bad_numbers(checkpoint):
             raise Damaged(f'{bad} holds numbers that are not finite')
         if not folder.exists():
-            print(f'WARNING: {folder} is gone; it is made again')
+            tell(f'WARNING: {folder} is gone; it is made again')
             folder.mkdir(parents=True)
         part.unlink(missing_ok=True)  # left by a kill it can be the same file as ckpt.pt: never write into it
         with files.open_own(part, 'xb') as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        verify(part)
+        verify(part, threads)
         for name in names:
             link.unlink(missing_ok=True)
             try:
@@ -91,17 +98,27 @@ def save(checkpoint, folder, names, stop_on_error=False, parameters=None):
         if os.name == 'posix':  # a rename is on the disk only when its folder is
             sync(folder)
     except Exception as error:  # torch.save raises a RuntimeError on a full disk; and no save is worth a run
-        message = f'no checkpoint was saved to {folder} ({why(error, folder)}); the older ones are untouched'
-        if stop_on_error:
-            print(message, file=sys.stderr, flush=True)
-            raise SystemExit(1) from None
-        print(f'WARNING: {message} and training goes on')
-        return False
+        return failure(error, folder)
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
             link.unlink(missing_ok=True)
-    return True
+    return ''
+
+
+def failure(error, folder):
+    """An error of a save, as what is said of it."""
+    return f'no checkpoint was saved to {folder} ({why(error, folder)}); the older ones are untouched'
+
+
+def report(failure, stop_on_error):
+    """Say why nothing was saved, where that is so; with stop_on_error it ends the script. Returns `not failure`."""
+    if failure and stop_on_error:
+        print(failure, file=sys.stderr, flush=True)
+        raise SystemExit(1)
+    if failure:
+        print(f'WARNING: {failure} and training goes on')
+    return not failure
 
 
 def why(error, folder):
@@ -128,13 +145,13 @@ def interval_checkpoints(folder):
     return dict(sorted(found.items()))
 
 
-def prune(folder, keep_last):
-    """Delete all but the newest keep_last interval checkpoints; 0 keeps them all."""
+def prune(folder, keep_last, tell=print):
+    """Delete all but the newest keep_last interval checkpoints; 0 keeps them all. What cannot be is told."""
     for path in list(interval_checkpoints(folder).values())[:-keep_last or None] if keep_last else []:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            print(f'WARNING: {path} is past keep_last and could not be deleted ({error.strerror})')
+            tell(f'WARNING: {path} is past keep_last and could not be deleted ({error.strerror})')
 
 
 def move_later_aside(folder, step, best_too=False):
@@ -225,11 +242,11 @@ def best(folder):
     fail(f'{folder} holds no checkpoint; train first (python train.py), or give --checkpoint=FILE or --out_dir=FOLDER')
 
 
-def best_val_loss(folder):
+def best_val_loss(folder, threads=THREADS):
     """That of best.pt; inf where there is none, or one that will not do."""
     path = Path(folder) / 'best.pt'
     try:
-        verify(path)
+        verify(path, threads)
         best = open_unverified(path)
         return math.inf if forms.bad_numbers(best, resume=False) else best.get('best_val_loss', math.inf)
     except Exception as error:  # torch raises many kinds
@@ -334,10 +351,12 @@ def is_no_damage(error):
             or 'allocate memory' in str(error))
 
 
-def verify(path):
-    """Read every entry of an archive and compare it with its checksum. Raises Damaged."""
+def verify(path, threads=THREADS):
+    """
+    Read every entry of an archive and compare it with its checksum. With one thread, which is this one, it can be done
+    while the interpreter ends. Raises Damaged.
+    """
     check_is_archive(path)
-    threads = min(8, os.cpu_count() or 1)
 
     def check(first):  # zlib computes without Python's lock, so that the threads work side by side
         with zipfile.ZipFile(path) as archive:
@@ -347,8 +366,11 @@ def verify(path):
                     while entry.read(1 << 22):
                         pass
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(check, range(threads)))
+        if threads == 1:
+            check(0)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(check, range(threads)))
     except Exception as error:  # a broken archive raises many kinds
         if is_no_damage(error) or isinstance(error, forms.Unfit):
             raise
