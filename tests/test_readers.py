@@ -473,9 +473,9 @@ def test_flex_attention_agrees_with_the_mask(small, monkeypatch, causal):
 # pairs
 
 
-def padded(n=50, block_size=64, too_long='cut', seed=0):
+def padded(n=50, block_size=64, too_long='cut', seed=0, multiple=1):
     ids, rows = pairs(n, seed)
-    return readers.Padded(np.array(ids, np.uint16), block_size, rows, EOT, too_long), ids, rows
+    return readers.Padded(np.array(ids, np.uint16), block_size, rows, EOT, too_long, multiple), ids, rows
 
 
 def test_padded_rows_are_as_wide_as_the_longest_and_learn_the_response_alone():
@@ -534,6 +534,75 @@ def test_rows_of_a_step_have_about_the_same_length():
             cells, pads = cells + y.size, pads + y.size - reader.lengths(found).sum()
         return pads / cells
     assert padding('shuffle') < 0.1 and padding('random') < 0.1 < padding('sequential')
+
+
+@pytest.mark.parametrize('mixture', [False, True])
+@pytest.mark.parametrize('mask_prob', [0.0, 0.3])
+def test_wider_rows_are_the_same_rows(small, mixture, mask_prob):
+    """Up to the next multiple: the same tokens, targets and hidden places, behind them end_of_text; the same losses."""
+    def data(multiple):
+        parts = [padded(seed=seed, multiple=multiple)[0] for seed in range(1 + mixture)]
+        return readers.Rows(['a', 'b'][:len(parts)], parts, [1 / len(parts)] * len(parts), mask_prob, 257)
+    exact, wide = data(1), data(16)
+    model = small(block_size=64, vocab_size=258)
+    widths = set()
+    for step in range(8):
+        rows, noise, n_targets = wide.of_step(6, 0, step, 'shuffle')
+        assert np.array_equal(rows, exact.of_step(6, 0, step, 'shuffle')[0]) and n_targets == exact.count(rows, noise)
+        (x, y, _), (wide_x, wide_y, _) = exact.fetch(rows, noise), wide.fetch(rows, noise)
+        lengths = exact.lengths(rows)
+        width = lengths.max()
+        assert x.shape[1] == width and wide_x.shape == wide_y.shape == (6, -(-width // 16) * 16)
+        is_token = np.arange(width) < lengths[:, None]
+        assert np.array_equal(wide_x[:, :width][is_token], x[is_token]) and np.array_equal(wide_y[:, :width], y)
+        assert (wide_y >= 0).sum() == (y >= 0).sum() == n_targets
+        if not mixture:
+            assert (wide_x[:, :width][~is_token] == EOT).all() and (wide_x[:, width:] == EOT).all()
+        with torch.no_grad():
+            loss, wide_loss = (model(torch.from_numpy(a), torch.from_numpy(b))[1].item()
+                               for a, b in ((x, y), (wide_x, wide_y)))
+        assert wide_loss == pytest.approx(loss, rel=1e-6)
+        widths |= {wide_x.shape[1]}
+    assert len(widths) > 1
+    if not mask_prob:
+        measured = [evaluation.measure(model, rows.parts['a'], 7, 0, CPU, 'float32') for rows in (exact, wide)]
+        assert measured[1] == pytest.approx(measured[0], rel=1e-6)
+
+
+@pytest.mark.parametrize('dynamic', [None, False])  # as train.py compiles, and with every width for itself
+def test_padded_rows_have_few_widths_and_few_graphs(small, tmp_path, monkeypatch, dynamic):
+    """Widths are multiples, or block_size: 50 steps make as many graphs as there are widths, and no more."""
+    from torch._dynamo.testing import CompileCounter
+    ids, rows = pairs(120, 0)
+    write_dataset(tmp_path / 'data/pairs', {'train': ids, 'val': ids}, {'train': rows, 'val': rows}, pairs=True)
+    monkeypatch.chdir(tmp_path)
+    settings = {'dataset': 'pairs', 'batch_mode': 'padded', 'block_size': 44}
+    (exact, _), (wide, _) = readers.open(settings), readers.open(settings, 16)
+    torch.compiler.reset()
+    graphs = CompileCounter()  # traces, and compiles nothing
+    model = small(block_size=44)
+    model.compile(backend=graphs, dynamic=dynamic)
+    seen = set()
+    for step in range(50):
+        rows, *_ = wide['train'].of_step(6, 0, step, 'shuffle')
+        x, y, _ = wide['train'].fetch(rows)
+        seen |= {x.shape[1]}
+        model(torch.from_numpy(x), torch.from_numpy(y))
+    torch.compiler.reset()
+    assert seen == {16, 32, 44} and 1 <= graphs.frame_count <= len(seen)
+    assert len({exact['train'].fetch(exact['train'].draw(6, 0, step, 'shuffle'))[0].shape[1] for step in range(50)}) > 8
+
+
+def test_training_on_wider_rows(train, hooked, byte_sets):
+    """As on a GPU, but for its multiple: other widths, the same losses."""
+    args = [*MODES['padded'], '--eval_iters=0']
+    exact = train(*args, '--out_dir=a')
+    wide = hooked('from kit.base import devices\ndevices.row_multiple = lambda device: 16', *args, '--out_dir=b')
+    widths = [int(re.search(r'one micro-step: x \(4, (\d+)\)', result.out)[1]) for result in (exact, wide)]
+    assert widths[0] % 16 and widths[1] == -(-widths[0] // 16) * 16
+    for name in 'loss', 'val/loss', 'val/accuracy':
+        found = [[r[name] for r in records(byte_sets / folder) if name in r] for folder in 'ab']
+        assert found[1] == pytest.approx(found[0], rel=1e-5) and len(found[0]) > 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -180,11 +180,12 @@ class Padded(Listed):
     targets are the response and the end_of_text behind it.
 
     places: (n, 3), see tokens.read_rows. too_long: what becomes of a row that is longer than block_size: cut takes the
-    begin of its prompt away, and of a response that is longer alone the end; drop leaves the row out.
+    begin of its prompt away, and of a response that is longer alone the end; drop leaves the row out. multiple: the
+    width is the next multiple of it, or block_size where that is less.
     """
 
-    def __init__(self, data, block_size, places, end_of_text, too_long):
-        self.data, self.block_size, self.end_of_text = data, block_size, end_of_text
+    def __init__(self, data, block_size, places, end_of_text, too_long, multiple=1):
+        self.data, self.block_size, self.end_of_text, self.multiple = data, block_size, end_of_text, multiple
         begin, target, end = np.asarray(places).T
         is_long = end - begin - 1 > block_size
         self.n_long, self.longest = int(is_long.sum()), int((end - begin - 1).argmax())
@@ -205,7 +206,8 @@ class Padded(Listed):
 
     def read(self, rows):
         begin, end = self.begin[rows, None], self.end[rows, None]
-        places = begin + np.arange((end - begin).max())  # (n, T + 1)
+        width = min(-(-self.lengths(rows).max() // self.multiple) * self.multiple, self.block_size)
+        places = begin + np.arange(width + 1)  # (n, T + 1)
         return self.data[np.minimum(places, end - 1)].astype(np.int64)  # what lies beyond repeats end_of_text
 
     def mark(self, x, y, rows):
@@ -296,11 +298,10 @@ class Rows:
         """The tokens of these rows, (n, T + 1): all but the last are x, all but the first are y, see mark."""
         if len(self.readers) == 1:
             return self.readers[0].read(rows)
-        width = int(self.lengths(rows).max()) if isinstance(self.readers[0], Padded) else self.block_size
-        tokens = np.zeros((len(rows), width + 1), np.int64)
-        for here, reader, own in self.split(rows):
-            found = reader.read(own)
-            tokens[here, :found.shape[1]] = found
+        found = [(here, reader.read(own)) for here, reader, own in self.split(rows)]
+        tokens = np.zeros((len(rows), max(part.shape[1] for _, part in found)), np.int64)
+        for here, part in found:
+            tokens[here, :part.shape[1]] = part
         return tokens
 
     def mark(self, x, y, rows, noise=None):
@@ -385,11 +386,12 @@ def parse(dataset):
     return shares
 
 
-def open(settings):
+def open(settings, row_multiple=1):
     """
     ({split: Rows}, meta) of what the settings of train.py name; those that a checkpoint of an older version, or of
     nanoGPT, does not have count as their defaults. meta['text'] tells the text from any other, whatever its name. A
-    dataset that will not do ends the script with the reason.
+    dataset that will not do ends the script with the reason. row_multiple: of how many tokens padded rows are a
+    multiple, see Padded; it changes no target.
     """
     s = {'batch_mode': 'windows', 'document_attention': True, 'too_long': 'cut', 'objective': 'causal',
          'mask_prob': 0.0} | settings
@@ -405,7 +407,7 @@ def open(settings):
             fail(f'dataset = {s["dataset"]!r}: {first} and {name} have different tokenizers; prepare both with the '
                  'same, such as gpt2 or byte')
     common = [split for split in ('train', 'val', 'test') if all(split in splits for _, splits, _ in found.values())]
-    return {split: Rows(list(found), [reader(name, folder, split, splits[split], meta_here, s)
+    return {split: Rows(list(found), [reader(name, folder, split, splits[split], meta_here, s, row_multiple)
                                       for name, (folder, splits, meta_here) in found.items()],
                         list(shares.values()), s['mask_prob'], meta['vocab_size'], s['objective'] == 'mlm')
             for split in common}, meta | {'text': text_of(found, shares)}
@@ -428,7 +430,7 @@ def find(name):
     return tokens.dataset_folder(name)
 
 
-def reader(name, folder, split, data, meta, s):
+def reader(name, folder, split, data, meta, s, row_multiple):
     """One split of one dataset as batch_mode says. What was cut to fit is printed."""
     mode, block_size, end_of_text = s['batch_mode'], s['block_size'], meta.get('end_of_text')
     if mode == 'windows':
@@ -447,7 +449,7 @@ def reader(name, folder, split, data, meta, s):
     if places is None:
         fail(f'batch_mode = {mode!r}: {name} holds no pairs (no {split}.rows.npy); python prepare.py --input=FILE.tsv '
              f'--dataset=NAME makes them, and --batch_mode=windows takes {name} as it is')
-    padded = Padded(data, block_size, places, end_of_text, s['too_long'])
+    padded = Padded(data, block_size, places, end_of_text, s['too_long'], row_multiple)
     if padded.n_long:
         done = 'their prompts are cut from the left' if s['too_long'] == 'cut' else 'they are dropped'
         length = places[padded.longest][2] - places[padded.longest][0] - 1
