@@ -9,16 +9,21 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 if torch.cuda.is_available():
     flex_attention = torch.compile(flex_attention)  # only then does it skip what is masked
 
+# torch's kernels for attention but cuDNN's, which is the fastest on an H100 and takes 82 ms for a plan each time that a
+# cache has grown; and its backward pass gave NaN where a mask comes with rows of 64 or 192 tokens
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 NANOGPT = 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'  # fields of its GPTConfig
 
@@ -203,19 +208,20 @@ class GPT(nn.Module):
             elif name.endswith('.bias'):
                 nn.init.zeros_(p)  # LayerNorm's gains are ones already
 
-    def forward(self, idx, targets=None, documents=None):
+    def forward(self, idx, targets=None, documents=None, loss_alone=False):
         """
         idx: (B, T) int64 ids, T <= block_size. targets: the same shape, the id that should come next, -1 where none
         counts. documents: the same shape, numbers that differ from one document of a row to the next; then each is
         read as if it were alone. Returns (logits, loss): with targets (B, T, V) and their mean cross-entropy in nats,
-        without targets the (B, 1, V) after the last token and None.
+        without targets the (B, 1, V) after the last token and None. loss_alone: None for the logits, as training asks
+        for it: a compiled backward pass would write and read zeros for their gradient, as large as they are.
         """
         x = self.hidden(idx, documents=documents)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         logits = self.lm_head(x)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
-        return logits, loss
+        return None if loss_alone else logits, loss
 
     def hidden(self, idx, caches=None, documents=None):
         """(B, T) ids -> (B, T, C), what the output layer reads. With caches the ids follow on those seen before."""
@@ -228,15 +234,22 @@ class GPT(nn.Module):
         if documents is not None:
             is_first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
             positions = positions - (positions * is_first).cummax(dim=1).values  # (B, T): they begin anew in each
-            mask = inside_documents(documents, self.config.causal, self.is_sparse(idx.device))
+            mask = inside_documents(documents, self.config.causal, self.is_sparse(idx.device, T))
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, caches[i] if caches else None, mask)
+        is_plain = self.config.causal and not caches and documents is None
+        with nullcontext() if is_plain else sdpa_kernel(WITHOUT_CUDNN):
+            for i, block in enumerate(self.transformer.h):
+                x = block(x, caches[i] if caches else None, mask)
         return self.transformer.ln_f(x)
 
-    def is_sparse(self, device):
-        """Whether FlexAttention is used within documents, which costs no (T, T) mask; it knows no dropout."""
-        return device.type == 'cuda' and not (self.training and self.config.dropout)
+    def is_sparse(self, device, T):
+        """
+        Whether FlexAttention is used within documents, which costs no (T, T) mask. It knows no dropout and no heads of
+        fewer than 16 channels; short rows gain nothing, and compiled without gradients it crashed on a GPU.
+        """
+        c = self.config
+        return (device.type == 'cuda' and torch.is_grad_enabled() and T > 128 and c.n_embd // c.n_head >= 16
+                and not (self.training and c.dropout))
 
     # -----------------------------------------------------------------------------------------------------------------
     # writing text

@@ -13,6 +13,7 @@ $ python train.py --max_minutes=30                                  as many step
 $ python train.py config/train_gpt2.py --find_lr                    which learning rate to begin with
 """
 
+import gc
 import math
 
 import torch
@@ -25,6 +26,7 @@ from kit.run.clock import Clock
 from kit.run.due import Due
 from kit.run.iter_line import IterLine
 from kit.state import checkpoints
+from kit.state.writer import Writer
 from kit.watch import evaluation, inside
 from kit.watch.journal import Journal
 from model import GPT, GPTConfig
@@ -48,6 +50,7 @@ tensorboard = True          # to runs/
 wandb_log = False           # to Weights & Biases
 wandb_project = 'flatgpt'   # the project there
 wandb_run_name = ''         # '' = the name of out_dir
+wandb_checkpoints = 'best'  # none, best or all: what W&B gets of the checkpoints at the end of a run; all: ckpt.pt too
 # data
 dataset = 'python_docs'     # not empty: a folder in data/, see prepare.py; or several in fixed shares: a:0.7,b:0.3
 batch_mode = 'windows'      # windows, packed or padded: rows of text, of whole documents, of pairs (loss on responses)
@@ -96,6 +99,7 @@ lr_by_norm = False          # lower it while the gradient norm spikes, or stays 
 dtype = 'auto'              # auto, float32, bfloat16 or float16
 scale_loss = True           # in float16, whose small gradients would be 0
 seed = 1337                 # 0 <= x < 2**63: of the first weights, the batches and dropout
+deterministic = False       # the same numbers each time on a GPU too, as on a CPU; slower
 # this launch alone: a resume does not take these over
 out_dir = 'checkpoints'     # checkpoints, training.log and metrics.jsonl go here; an earlier run is moved aside
 init_from = 'scratch'       # scratch, resume, auto (resume if it can), FILE.pt, gpt2[-medium, -large, -xl], HF folder
@@ -111,6 +115,7 @@ find_lr_end = 1.0           # > 0: to this one, or to where the loss diverges
 debug_nan = False           # at the first bad number: stop, and say which text, operation or gradient made it
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 compile = None              # torch.compile: True, False, None = where it pays
+compile_mode = 'auto'       # auto, default, reduce-overhead (CUDA graphs), max-autotune or max-autotune-no-cudagraphs
 backend = 'auto'            # auto, nccl or gloo: between processes
 
 config = overrides.apply(globals(), rules.TRAIN)
@@ -123,6 +128,8 @@ ranks.start(backend, device)
 trains = not (test or eval_only or dry_run or find_lr or inspect_step >= 0)  # else nothing of a run is written
 config, saved, is_resume, past = starts.find(config, trains, GPTConfig)  # past: the log of a run to be replayed
 globals().update(config | {'device': device})  # the settings, with those that the checkpoint brings
+if deterministic:
+    devices.make_deterministic()
 dtype = devices.choose_dtype(dtype, device)
 micro_steps = ranks.share(gradient_accumulation_steps, 'gradient_accumulation_steps')  # of this process
 rows_per_step = batch_size * gradient_accumulation_steps
@@ -130,7 +137,7 @@ rows_per_step = batch_size * gradient_accumulation_steps
 # ---------------------------------------------------------------------------------------------------------------------
 # data: the rows of a step are a function of (seed, step), however it is cut into micro-steps and processes
 
-data, meta = readers.open(config)
+data, meta = readers.open(config, devices.row_multiple(device))
 steps_per_epoch = data['train'].rows_per_epoch(sampling) / rows_per_step
 tokens_per_step = round(rows_per_step * data['train'].mean_length)  # without padding
 if max_epochs:
@@ -169,6 +176,7 @@ model_config = starts.model_config(saved, meta, config, GPTConfig)  # the settin
 batches.seed_all(seed)
 raw_model = GPT(model_config)
 raw_model.to(device)
+parameters = list(raw_model.parameters())
 average = averages.running(raw_model, ema_decay, swa_start)
 optimizer = optimizers.adamw(raw_model, weight_decay, learning_rate, (beta1, beta2))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16' and scale_loss)
@@ -178,10 +186,10 @@ due = Due(config, state, warmup_steps)
 saved = None  # its memory is free again
 
 n_tokens = tokens_per_step * (rate_finder.STEPS if find_lr else max_iters)  # of the whole run
-if devices.choose_compile(compile, device, raw_model.flops_per_token() * n_tokens):
-    raw_model.compile()
-    if average:
-        average.module.compile()
+is_compiled = devices.choose_compile(compile, device, raw_model.flops_per_token() * n_tokens)
+if is_compiled:
+    flops = raw_model.flops_per_token() * tokens_per_step / gradient_accumulation_steps
+    raw_model.compile(mode=devices.choose_compile_mode(compile_mode, device, flops, micro_steps))
 model = ranks.wrap(raw_model, device)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,33 +214,33 @@ def get_lr(step):
 
 
 def evaluate():
-    evaluated = averages.smoothed(raw_model, average)  # best.pt goes by it
+    journal.catch_up()
     rows = {'val': eval_iters * batch_size, 'train': eval_iters * batch_size or data['val'].n_tokens // block_size}
-    figures = {}
-    for split in 'train', 'val':
-        figures |= evaluation.figures(evaluated, data[split], split, batch_size, rows[split], device, dtype)
-    if evaluated is not raw_model:
-        raw = evaluation.figures(raw_model, data['val'], 'val', batch_size, rows['val'], device, dtype)
-        figures['raw/val/loss'] = raw['val/loss']
-    print(evaluation.line(state.step, figures, average and average.kind))
+    measure = lambda split: evaluation.figures(raw_model, data[split], split, batch_size, rows[split], device, dtype)
+    with averages.smoothed(average) as kind:  # best.pt goes by these weights
+        figures = measure('train') | measure('val')
+    if kind:
+        figures['raw/val/loss'] = measure('val')['val/loss']
+    print(evaluation.line(state.step, figures, kind))
     return figures
 
 
 def save(names):
-    """Write all that a resume needs, under these names. Returns whether that went well."""
+    """Begin to write all that a resume needs, under these names: a copy of it, while the training goes on."""
+    due.saved(writer.wait())
+    due.saving()
     if not ranks.is_main:
-        return True
-    journal.sync()  # first: after a kill the records up to here could not be made again
+        return
+    journal.read()  # after a kill the records up to here could not be made again: they come to the disk first
     print(f'saving checkpoint to {out_dir} ({", ".join(names)})')
-    is_saved = checkpoints.save({
+    writer.write({
         'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
         **averages.state(average), **state.keys(), 'model_args': model_config.args(), 'config': config, 'meta': meta,
         'epoch': state.step / steps_per_epoch, 'random_states': checkpoints.random_states(),
         'versions': checkpoints.versions(),
-    }, out_dir, names, save_errors == 'stop', [name for name, _ in raw_model.named_parameters()])
-    if is_saved:
-        checkpoints.prune(out_dir, keep_last)
-    return is_saved
+    }, names, [name for name, _ in raw_model.named_parameters()], first=journal.sync)
+    if not due.is_fitted:
+        writer.finish()  # max_minutes measures all of it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,13 +261,13 @@ def update(step, lr):
         X, Y, D, parts = get_batch('train', step, micro_step)  # while the device is still at work on the one before
         ranks.exchange_gradients(model, micro_step == micro_steps - 1)  # once a step is enough
         with devices.autocast(device, dtype):
-            _, loss = model(X, Y, D)
+            _, loss = model(X, Y, D, loss_alone=True)
             loss = loss / parts  # each target of the step counts the same
         scaler.scale(loss).backward()
         loss_of_step += loss.detach()
     loss_of_step = ranks.total(loss_of_step) / ranks.world_size
     scaler.unscale_(optimizer)  # the norm must be that of the true gradients
-    norms = gradients.norms(raw_model)  # of each parameter's, before clipping
+    norms = gradients.norms(parameters)  # of each parameter's, before clipping
     grad_norm = torch.linalg.vector_norm(norms)
     # a bad number on any rank makes loss or norm bad on all: then nothing moves, neither weights, moments nor average
     is_good = torch.isfinite(loss_of_step) & torch.isfinite(grad_norm)
@@ -267,17 +275,15 @@ def update(step, lr):
     state.recent_norms = torch.where(is_good, newest, state.recent_norms)
 
     limit = gradients.clip_limit(state.recent_norms, grad_clip, grad_clip_quantile)
-    torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), limit, grad_norm)
-    if grad_clip_value:
-        torch.nn.utils.clip_grad_value_(raw_model.parameters(), grad_clip_value)
+    optimizers.clip(optimizer, parameters, grad_norm, limit, grad_clip_value)
     factor = schedules.damping(state.recent_norms.tolist(), limit) if lr_by_norm else 1.0
     lr = factor * lr
 
     for group in optimizer.param_groups:
         group['lr'] = lr
     optimizers.step(optimizer, is_good)
-    if average and step >= swa_start and is_good:
-        average.update_parameters(raw_model)
+    if average and step >= swa_start:
+        average.update(is_good)
     bad_steps.note(loss_of_step, norms, is_good)  # counted; the scale of float16 moves here too
 
     figures = {'loss': loss_of_step, 'grad_norm': grad_norm, 'lr': lr}
@@ -299,7 +305,7 @@ if eval_only:
     evaluate()
     ranks.leave()
 seconds = first_look.show(model, raw_model, *get_batch('train', state.step, 0)[:3], meta, device, dtype,
-                          dry_run and init_from == 'scratch' and not is_resume)
+                          dry_run and init_from == 'scratch' and not is_resume, is_compiled)
 if trains or dry_run:
     first_look.plan(config, state.step, warmup_steps, micro_steps * seconds, steps_per_epoch, data['train'])
 if find_lr:
@@ -315,27 +321,32 @@ if not trains:
 
 starts.begin(config, raw_model, data['train'], tokens_per_step, warmup_steps, state, is_resume, journal)
 iter_line = IterLine(raw_model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, device, dtype)
+writer = Writer(out_dir, keep_last, save_errors == 'stop')
 signals.listen()
-clock.start(due.is_fitted)
+gc.freeze()  # what the setup has left is looked through for garbage no more
+clock.start(due.is_fitted, is_compiled)
 while True:
     # bad steps are skipped; where they do not end, go back to before them, with other text from there on
     if due.going_back:
+        writer.finish()
         starts.go_back(out_dir, state, raw_model, optimizer, scaler, average, journal)
+    due.saved(writer.wait(block=False))
     due.look(clock.is_up())
 
     # evaluate, save, or leave
     if due.evaluation:
         figures = evaluate()
+        due.saved(writer.wait())
         due.evaluated(figures['val/loss'])
         journal.record(state.step, figures)
         clock.took('evaluation')
     due.hear(signals.take())
     if due.save:
-        is_saved = save(due.names)
-        due.saved(is_saved)
+        save(due.names)
         clock.took('save')
     if due.evaluation:  # pictures come last: they draw random numbers, and a checkpoint holds the generators' states
-        inside.show(journal, state.step, averages.smoothed(raw_model, average), data['val'], meta, device, due.is_last)
+        with averages.smoothed(average):
+            inside.show(journal, state.step, raw_model, data['val'], meta, device, due.is_last)
         clock.took('evaluation', n=0)
     if due.end:
         break
@@ -344,12 +355,13 @@ while True:
     # one step
     weights_before = gradients.sample(raw_model) if due.line else None
     figures, norms = update(state.step, get_lr(state.step))
+    journal.catch_up()  # with the line of the step before, now that a GPU has this one to do
     clock.took('step')
 
     # log; what is not read stays on the device, so that nothing waits for it
     journal.update(state.step, figures)
     if due.line:
-        iter_line.show(state.step, figures, norms, weights_before)
+        iter_line.take(state.step, figures, norms, weights_before)
     if due.evaluation:
         journal.show('histograms', state.step, lambda: gradients.values(raw_model))
         clock.took('step', n=0)
@@ -358,7 +370,8 @@ while True:
 # ---------------------------------------------------------------------------------------------------------------------
 # what came of it
 
-status = ending.finish(due, config, averages.smoothed(raw_model, average), data['val'], meta, journal.history, device,
-                        dtype)
+due.saved(writer.wait())
+with averages.smoothed(average):
+    status = ending.finish(due, config, raw_model, data['val'], meta, journal, device, dtype)
 journal.close()
 ranks.leave(status)

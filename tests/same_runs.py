@@ -229,7 +229,14 @@ def feed_the_clock():
     psutil.Process.create_time = lambda process: begin
     wrap(kit('optimizers'), 'step', seconds=STEP)
     wrap(kit('evaluation'), 'measure', seconds=MEASURE)
-    wrap(kit('checkpoints'), 'save', seconds=SAVE)
+    writer = kit('writer').Writer
+    wrap(writer, 'write', seconds=SAVE)
+    begin_to_write = writer.write
+
+    def write(*args, **kwargs):  # when a thread is done is chance
+        begin_to_write(*args, **kwargs)
+        args[0].finish()
+    writer.write = write
 
 
 def at_steps(do, rank=0):
@@ -250,7 +257,7 @@ def spoil(steps, factor, what='loss', rank=0, ends=True):
             now.update({'step': step, 'again': now['again'] or step <= now['step']})
 
         def forward(model, *args, **kwargs):
-            logits, loss = sound(model, *args, **kwargs)
+            logits, loss = sound(model, *args, **kwargs | {'loss_alone': False})
             if not model.training or now['step'] not in steps or ends and now['again']:
                 return logits, loss
             if what == 'loss':

@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, copy_folder
 from conftest import run as run_of_conftest
+from no_wait import NoWait
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from kit.data import readers, tokens
 from kit.learn import averages
@@ -350,10 +352,39 @@ def test_ema_is_its_recurrence():
     for n in range(30):
         with torch.no_grad():
             model.weight.add_(torch.randn(2, 3))
-        average.update_parameters(model)
+        average.update(torch.tensor(True))
         decay = min(0.9, (1 + n) / (10 + n))
         expected = model.weight.clone() if n == 0 else decay * expected + (1 - decay) * model.weight
         torch.testing.assert_close(average.module.weight, expected)
+
+
+@pytest.mark.parametrize('ema_decay', [0.9, 0.999, 0.3, 0.0])
+def test_averages_are_those_of_torch(ema_decay):
+    """Bit for bit those of AveragedModel, which is called in good steps alone; buffers too. Nothing waits."""
+    def ema(averages, weights, n):
+        torch._foreach_lerp_(averages, weights, 1 - min(ema_decay, float((1 + n) / (10 + n))))
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 40), torch.nn.BatchNorm1d(40))
+    theirs = AveragedModel(model, multi_avg_fn=ema if ema_decay else get_swa_multi_avg_fn())
+    mine = averages.running(model, ema_decay, 0 if ema_decay else 1)
+    with averages.smoothed(mine) as kind:
+        assert kind == '', 'there is no average yet'
+    for step in range(100):
+        model(torch.randn(5, 3))
+        for p in model.parameters():
+            p.data.add_(torch.randn_like(p))
+        is_good = torch.tensor(step % 7 != 3 and step > 1)
+        with NoWait():
+            mine.update(is_good)
+        if is_good:
+            theirs.update_parameters(model)
+    raw, own = ({name: tensor.clone() for name, tensor in some.state_dict().items()} for some in (model, theirs.module))
+    assert int(mine.n) == theirs.n_averaged and equal(mine.module.state_dict(), own, atol=0)
+    with pytest.raises(KeyError), averages.smoothed(mine) as kind:
+        assert kind == mine.kind and equal(model.state_dict(), own, atol=0)
+        raise KeyError
+    assert equal(model.state_dict(), raw, atol=0), 'its own weights are back, whatever happened'
 
 
 def test_swa_is_the_mean_of_the_weights(train, tiny):

@@ -16,8 +16,8 @@ NOW, SOUND_SEED, SOUND_FORWARD = [0], batches.torch_seed, model.GPT.forward
 def torch_seed(seed, step, rank):
     NOW[0] = step if len(NOW) == 1 else -1
     return SOUND_SEED(seed, step, rank)
-def forward(self, idx, targets=None, documents=None):
-    logits, loss = SOUND_FORWARD(self, idx, targets)
+def forward(self, *args, **kwargs):
+    logits, loss = SOUND_FORWARD(self, *args, **kwargs)
     if self.training and NOW[0] in {steps} and os.environ.get('RANK', '{rank}') == '{rank}':
         if '{what}' == 'gradient':
             loss.register_hook(lambda gradient: gradient * {value})
@@ -30,14 +30,14 @@ batches.torch_seed, model.GPT.forward = torch_seed, forward
 LEAVE_OUT = '''
 from kit.data import batches
 from kit.learn import optimizers
-from torch.optim.swa_utils import AveragedModel
-NOW, SOUND_SEED, SOUND_STEP, SOUND_UPDATE = [0], batches.torch_seed, optimizers.step, AveragedModel.update_parameters
+from kit.learn.averages import Average
+NOW, SOUND_SEED, SOUND_STEP, SOUND_UPDATE = [0], batches.torch_seed, optimizers.step, Average.update
 def torch_seed(seed, step, rank):
     NOW[0] = step
     return SOUND_SEED(seed, step, rank)
 batches.torch_seed = torch_seed
 optimizers.step = lambda *args: SOUND_STEP(*args) if NOW[0] not in {steps} else None
-AveragedModel.update_parameters = lambda *args: SOUND_UPDATE(*args) if NOW[0] not in {steps} else None
+Average.update = lambda *args: SOUND_UPDATE(*args) if NOW[0] not in {steps} else None
 '''
 
 
@@ -110,7 +110,7 @@ def init(self, config):
     old_init(self, config)
     self.register_buffer('mean', torch.zeros(()))
     self.register_buffer('count', torch.zeros((), dtype=torch.int64))
-def forward(self, *args):
+def forward(self, *args, loss_alone=False):
     logits, loss = old_forward(self, *args)
     if self.training:
         calls[0] += 1

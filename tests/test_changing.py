@@ -16,12 +16,14 @@ from kit.watch import curves, runlogs
 
 SCRIPTS = 'train.py', 'model.py', 'sample.py', 'checkpoint_averaging.py', 'plot_loss.py', 'prepare.py', 'sweep.py'
 
-# train.py that is killed at step 7, two steps behind a checkpoint
-KILLED = '''import os, signal
+# train.py that is killed at step 7, two steps behind a checkpoint, once that is written
+KILLED = '''import os, signal, time
 from kit.data import batches
 __file__ = __file__.replace('killed.py', 'train.py')
 sound = batches.torch_seed
 def torch_seed(seed, step, rank):
+    while step == 7 and not os.path.exists('checkpoints/ckpt.pt'):
+        time.sleep(0.01)
     if step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return sound(seed, step, rank)

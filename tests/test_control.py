@@ -74,7 +74,7 @@ def test_no_early_stop_at_the_end(hooked):
 def test_a_resume_stops_where_the_whole_run_would(hooked, train):
     """The norms are looked at with the evaluations alone: a resume from between them is no evaluation."""
     code = ('from kit.learn import gradients\nimport torch\ngradients.RECENT = 4\ntrue_norms, n = gradients.norms, []\n'
-            'def norms(model):\n    found = true_norms(model)\n    n.append(1)\n'
+            'def norms(parameters):\n    found = true_norms(parameters)\n    n.append(1)\n'
             '    return found * (1e4 if len(n) + PART == 6 else 1)\n'
             'gradients.norms = norms\n')
     args = '--early_stop_norm', '--eval_interval=5', '--save_interval=1', '--max_iters=15'
@@ -122,23 +122,27 @@ class Time:
 
 
 def run_with(now, minutes, step_seconds, evaluation=7.0, save=2.0, slower=1.0, first=20, eval_interval=100,
-             save_interval=50, max_iters=1_000_000):
-    """train.py's loop in time alone: (steps made, steps that were to be made, seconds taken, steps saved)."""
+             save_interval=50, max_iters=1_000_000, stall=0.0, device='cpu', fitted=0.0):
+    """
+    train.py's loop in time alone: (steps made, steps that were to be made, seconds taken, steps saved). stall: seconds
+    for which a compiler holds the first evaluation up; fitted: the minutes that a run which goes on was fitted to.
+    """
     settings = overrides.settings_of(ROOT / 'train.py', [
         f'--max_minutes={minutes}', '--always_save_checkpoint=False', f'--max_iters={max_iters}',
         f'--eval_interval={eval_interval}', f'--save_interval={save_interval}'])
-    state, clock, start, saved = RunState(), Clock(minutes, torch.device('cpu')), now.now, []
+    state, clock, start, saved = RunState(fitted_minutes=fitted), Clock(minutes, torch.device(device)), now.now, []
     due = Due(settings, state, warmup_steps=30)
-    clock.start(due.is_fitted)
+    clock.start(due.is_fitted, is_compiled=stall > 0)
     while True:
         due.look(clock.is_up())
         if due.evaluation:
-            now.now += evaluation
+            now.now += evaluation + (stall if state.step == 0 else 0)
+            due.saved(True)
             due.evaluated(1.0)
             clock.took('evaluation')
         if due.save:
-            now.now += save
-            due.saved(True)
+            due.saving()
+            now.now += save if device == 'cpu' or not due.is_fitted else 0  # a thread writes it
             saved.append(state.step)
             clock.took('save')
         if due.end:
@@ -161,6 +165,30 @@ def clock(monkeypatch):
 def test_the_steps_fill_the_time(clock):
     made, planned, seconds, _ = run_with(clock, minutes=30, step_seconds=0.5)
     assert made == planned and 0.94 * 1800 < seconds <= 1800
+
+
+@pytest.mark.parametrize('minutes, stall', [(1.5, 12), (4, 90), (30, 300), (30, 0)])
+def test_what_a_compiler_takes_is_no_evaluation(clock, minutes, stall):
+    """A budget that has time for a measurement behind it is used, and kept."""
+    made, planned, seconds, _ = run_with(clock, minutes, step_seconds=0.1, evaluation=3.0, first=1, stall=stall,
+                                         eval_interval=2000)
+    assert made == planned > 100 and 0.8 * 60 * minutes < seconds <= 60 * minutes
+
+
+def test_a_launch_that_goes_on_keeps_its_minutes(clock):
+    """It has one evaluation to go by, and the save at the end is the first: both fit."""
+    made, planned, seconds, _ = run_with(clock, minutes=2, step_seconds=0.1, fitted=2.0, eval_interval=0,
+                                         save_interval=0, save=5.0)
+    assert 100 < made < planned and 80 < seconds <= 120
+
+
+def test_saves_beside_the_steps_of_a_gpu_take_a_tenth(clock, monkeypatch):
+    """What a budget on a GPU holds: a thread writes the checkpoints while it computes."""
+    monkeypatch.setattr('kit.base.devices.synchronize', lambda device: None)
+    args = dict(minutes=30, step_seconds=0.01, evaluation=1.0, save=5.0, eval_interval=10_000, save_interval=100)
+    made, planned, seconds, _ = run_with(clock, device='cuda', **args)
+    assert made == planned and 0.6 * 1800 < seconds <= 1800
+    assert made > 3 * run_with(clock, **args)[0], 'on a CPU five seconds of each six are for saves'
 
 
 @pytest.mark.parametrize('slower', [1.02, 1.5, 10.0])

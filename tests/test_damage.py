@@ -293,7 +293,7 @@ def resume(folder):
     averages.restore(average, saved)
     model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
     optimizer.step()
-    average.update_parameters(model)
+    average.update(torch.tensor(True))
     assert checkpoints.save({
         'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
         **averages.state(average), **state.keys(), 'model_args': model.config.args(), 'config': saved.get('config', {}),

@@ -30,9 +30,9 @@ model.GPT.__init__ = planted
 IN_FORWARD = """
 import model, torch
 forward = model.GPT.forward
-def planted(self, idx, targets=None, documents=None):
+def planted(self, idx, targets=None, *args, **kwargs):
     {}
-    return forward(self, idx, targets)
+    return forward(self, idx, targets, *args, **kwargs)
 model.GPT.forward = planted
 """
 SHUFFLE = """

@@ -24,22 +24,28 @@ def run(*args, state=None, losses=None, signals=None, up_at=None, failing=(), ba
     The training loop without a model: [(step, what was due there)], and the Due. losses: {step: val loss}; signals:
     {step: name}; up_at: the step at which the time is up; failing: steps whose save fails; bad: steps that are bad.
     """
-    state, seen = state or RunState(), []
+    state, seen, begun = state or RunState(), [], []  # begun: the step of a save of which it is not known how it went
     due = Due(settings(*args), state, warmup_steps=0)
+    wait = lambda: due.saved(begun.pop() not in failing if begun else None)
     for _ in range(1000):
         at = state.step
         if due.going_back:
+            wait()
             seen.append((at, 'back'))
             state.rewinds, state.bad_steps, bad = 1, torch.tensor([0, 0]), [step for step in bad if step > 100]
         due.look(at == up_at)
         if due.evaluation:
             seen.append((at, 'evaluation'))
+            wait()
             due.evaluated((losses or {}).get(at, 5 - at / 100))
         due.hear((signals or {}).get(at, ''))
         if due.save:
             seen.append((at, ' '.join(due.names)))
-            due.saved(at not in failing)
+            wait()
+            due.saving()
+            begun.append(at)
         if due.end:
+            wait()
             return seen, due
         if due.line:
             seen.append((at, 'line'))
@@ -278,9 +284,9 @@ def test_bad_steps_are_counted_and_told(capsys, scale):
         assert bool(bad_steps.is_bad) == (found[-1] > 0)
     assert found == expected and int(state.bad_steps[1]) == sum(n > 0 for n in expected)
     assert bad_steps.scaler.told == [scale if scale > 1 and n else None for n in expected]
-    bad_steps.warn(5)
+    bad_steps.warn(5, *bad_steps.take())
     told = capsys.readouterr().out
     assert told.startswith(f'WARNING: bad numbers: the loss or the gradient of {sum(n > 0 for n in expected)} of the')
     assert 'the gradient of weight, of 2 parameters' in told, 'the norms are those of the last bad one'
-    bad_steps.warn(6)
+    bad_steps.warn(6, *bad_steps.take())
     assert not capsys.readouterr().out and int(state.bad_steps[1]) == 0

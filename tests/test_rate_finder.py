@@ -225,8 +225,8 @@ def test_told_to_stop_it_saves_nothing(hooked, tiny):
 def test_bad_numbers_end_it(hooked, tiny, spoilt, step):
     """In the loss, or in the gradient alone."""
     spoil = (f'{SHORT}\nimport model, torch\nfrom kit.data import batches\nold = model.GPT.forward\n'
-             'def forward(self, idx, targets=None, documents=None):\n'
-             '    logits, loss = old(self, idx, targets)\n'
+             'def forward(self, *args, **kwargs):\n'
+             '    logits, loss = old(self, *args, **kwargs)\n'
              f'    is_bad = torch.initial_seed() == batches.torch_seed(1337, {step}, 0)\n'
              f'    return logits, {spoilt} if is_bad else loss\n'
              'model.GPT.forward = forward')

@@ -302,9 +302,9 @@ FULL_DISK = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000,
 
 def test_save_errors_stop(hooked, tiny):
     pytest.importorskip('resource')
-    result = hooked(FULL_DISK, '--save_errors=stop')
+    result = hooked(FULL_DISK, '--save_errors=stop', '--max_iters=100000', '--eval_interval=0', '--save_interval=5')
     assert result.status == 1 and result.err.count('\n') == 1 and 'no checkpoint was saved' in result.err
-    assert list(losses(result)) == [0, 1, 2, 3, 4]
+    assert 5 <= len(losses(result)) < 100_000, 'it goes on until the write has failed'
 
 
 def test_what_was_not_saved_may_be_beaten_by_less(hooked, tiny):

@@ -1,7 +1,9 @@
 """A running average of the weights beside the training: EMA or SWA."""
 
+from contextlib import contextmanager
+from copy import deepcopy
+
 import torch
-from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from kit.base.errors import explained
 from kit.learn import model_state
@@ -9,33 +11,75 @@ from kit.learn import model_state
 
 def running(model, ema_decay, swa_start):
     """
-    A second model that follows the average of a model's weights, or None where neither is asked for.
+    The Average of a model's weights, or None where neither is asked for.
 
     ema_decay: exponential moving average, as in Polyak and Juditsky 1992: average <- d average + (1 - d) weights.
                In its first n updates d is at most (1 + n) / (10 + n), so that the untrained weights are soon forgotten.
     swa_start: the plain mean from that step on (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407).
     """
-    if not ema_decay and not swa_start:
-        return None
-
-    def ema(averages, weights, n):
-        torch._foreach_lerp_(averages, weights, 1 - min(ema_decay, float((1 + n) / (10 + n))))
-
-    average = AveragedModel(model, multi_avg_fn=ema if ema_decay else get_swa_multi_avg_fn())
-    average.kind = 'ema' if ema_decay else 'swa'
-    return average.requires_grad_(False)
+    if ema_decay:
+        exact = torch.float32 if next(model.parameters()).device.type == 'mps' else torch.float64  # mps has no float64
+        return Average(model, 'ema', lambda n: 1 - ((1 + n) / (10 + n)).to(exact).clamp(max=ema_decay))
+    return Average(model, 'swa', lambda n: 1 / (n + 1)) if swa_start else None
 
 
-def smoothed(model, average):
-    """The average as a model, once it has averaged anything; before that, or where there is none, model itself."""
-    return average.module if average is not None and average.n_averaged > 0 else model
+class Average:
+    """
+    What torch.optim.swa_utils.AveragedModel does, and the host waits for nothing: how many updates there were, and
+    whether a step was good, is known on the device alone.
+
+    kind: 'ema' or 'swa'; n: the updates so far, a 0-dim int64; share(n): the weight of the newest, once there were n.
+    module: a copy of the model that holds the averages and never runs, see smoothed.
+    """
+
+    def __init__(self, model, kind, share):
+        self.model, self.kind, self.share = model, kind, share
+        self.module = deepcopy(model).requires_grad_(False)
+        self.n = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+
+    @torch.no_grad()
+    def update(self, is_good):
+        """Take the weights of the model in; is_good: a 0-dim bool on their device, where it is False nothing moves."""
+        share = torch.where(self.n > 0, self.share(self.n), 1.0) * is_good
+        averages, weights = [*self.module.parameters()], [*self.model.parameters()]
+        shares = {dtype: share.to(dtype) for dtype in {average.dtype for average in averages}}
+        torch._foreach_lerp_(averages, weights, [shares[average.dtype] for average in averages])
+        for average, newest in zip(self.module.buffers(), self.model.buffers()):
+            average.copy_(torch.where(is_good, newest, average))
+        self.n += is_good
+
+
+@contextmanager
+def smoothed(average):
+    """
+    In it the model has the averaged weights, once there are any: no second model runs, so nothing is compiled for it.
+    Gives the kind of the average, '' where the weights are the model's own. Waits for the device.
+    """
+    if average is None or not average.n:
+        yield ''
+        return
+    model, kept = tensors(average.model), [tensor.clone() for tensor in tensors(average.model)]
+    copy(tensors(average.module), model)
+    try:
+        yield average.kind
+    finally:
+        copy(kept, model)
+
+
+def tensors(model):
+    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+
+
+def copy(sources, targets):
+    for source, target in zip(sources, targets):
+        target.copy_(source)
 
 
 def state(average):
     """What a checkpoint keeps of a running average; nothing before its first update."""
-    if average is None or not average.n_averaged:
+    if average is None or not average.n:
         return {}
-    return {average.kind: average.module.state_dict(), 'n_averaged': int(average.n_averaged)}
+    return {average.kind: average.module.state_dict(), 'n_averaged': int(average.n)}
 
 
 def restore(average, saved):
@@ -44,4 +88,4 @@ def restore(average, saved):
         key = average.kind if average.kind in saved else 'model'
         with explained(f'the {key} of the checkpoint does not fit', 'take the weights alone: --init_from=FILE.pt'):
             model_state.load(average.module, saved[key])
-        average.n_averaged.fill_(saved['n_averaged'] if key == average.kind else 0)
+        average.n.fill_(saved['n_averaged'] if key == average.kind else 0)

@@ -13,9 +13,8 @@ RECENT = 100  # norms by which the next ones are judged
 SAMPLE = 1 << 15  # values of a parameter that stand for all of it where an estimate will do
 
 
-def norms(model):
-    """(n,) norms of the gradients of model.parameters(), 0 where one has none; one fused pass, as clip_grad_norm_'s."""
-    parameters = list(model.parameters())
+def norms(parameters):
+    """(n,) norms of the gradients of parameters, 0 where one has none; one fused pass, as clip_grad_norm_'s."""
     nothing = torch.zeros((), device=parameters[0].device)
     found = iter(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
     return torch.stack([nothing if p.grad is None else next(found) for p in parameters])
@@ -56,16 +55,23 @@ def spread(tensor):
     return tensor.flatten()[::max(1, math.ceil(tensor.numel() / SAMPLE))]
 
 
-def by_layer(model, norms, before):
+def moves(model, norms, before):
     """
-    {'grad_norm/<layer>': norm of its gradient, 'update_ratio/<layer>': norm of the update / norm of the weights} after
-    an update; norms: of the parameters' gradients, before: a sample of the weights as they were. Waits for the device.
+    (n, 3) of an update, a row a parameter: the norm of its gradient, of the update, of the weight before it. norms: of
+    the parameters' gradients, before: a sample of the weights as they were.
     """
     moved = torch._foreach_norm(torch._foreach_sub([spread(p.detach()) for p in model.parameters()], before))
-    rows = torch.stack([norms, torch.stack(moved), torch.stack(torch._foreach_norm(before))], dim=1).tolist()
+    return torch.stack([norms, torch.stack(moved), torch.stack(torch._foreach_norm(before))], dim=1)
+
+
+def by_layer(model, rows):
+    """
+    {'grad_norm/<layer>': norm of its gradient, 'update_ratio/<layer>': norm of the update / norm of the weights} after
+    an update; rows: its moves, on the host.
+    """
     names, sums = layers(name for name, _ in model.named_parameters()), {}  # of squares
-    for (name, p), (gradient, move, size), some in zip(model.named_parameters(), rows, before):
-        share = p.numel() / max(1, some.numel())
+    for (name, p), (gradient, move, size) in zip(model.named_parameters(), rows.tolist(), strict=True):
+        share = p.numel() / max(1, spread(p).numel())
         of_layer = sums.setdefault(names[name], [0.0, 0.0, 0.0])
         for i, square in enumerate((gradient**2, share * move**2, share * size**2)):
             of_layer[i] += square
@@ -107,7 +113,7 @@ class BadSteps:
     """
     Steps whose loss or gradient is not finite. They are skipped, and counted in state.bad_steps: in a row up to now,
     and since the last iter line. Nothing here waits for the device but warn, and what float16 needs. In each step
-    begin() comes first, then note().
+    begin() comes first, then note(); an iter line takes the count.
     """
 
     def __init__(self, state, model, scaler):
@@ -135,17 +141,17 @@ class BadSteps:
             buffer.copy_(torch.where(is_good, buffer, before))
         self.scaler.update(self.scaler.get_scale() if self.scaler.is_enabled() and self.is_bad else None)
 
-    @property
-    def since_line(self):
-        """How many since the last iter line."""
-        return int(self.state.bad_steps[1])
+    def take(self):
+        """(how many since the last call, norms of the last one's gradients), on the device; the count begins anew."""
+        in_a_row, since_line = self.state.bad_steps
+        self.state.bad_steps = torch.stack([in_a_row, torch.zeros_like(since_line)])
+        return since_line, self.norms
 
-    def warn(self, step):
-        """Say how many there were since the last iter line."""
-        if n := self.since_line:
+    def warn(self, step, n, norms):
+        """Say how many there were up to a step. n, norms: what take() gave, n on the host."""
+        if n:
             print(f'WARNING: bad numbers: the loss or the gradient of {n} of the steps up to {step} was not finite; '
-                  f'they were skipped. The last of them: {at_fault(self.model, self.norms)}')
-            self.state.bad_steps[1] = 0
+                  f'they were skipped. The last of them: {at_fault(self.model, norms)}')
 
 
 def count_bad(tensor):

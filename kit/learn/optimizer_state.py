@@ -85,7 +85,7 @@ def try_out(optimizer, params):
         twin, state, left = object.__new__(type(optimizer)), defaultdict(dict), iter(stand_ins)
         groups = [group | {name: False for name in ('fused', 'foreach', 'capturable') if name in group}
                   | {'params': [next(left) for _ in group['params']]} for group in optimizer.param_groups]
-        own = {'state': state, 'param_groups': groups, 'found_inf': None,
+        own = {'state': state, 'param_groups': groups, 'found_inf': None, 'grad_scale': None,
                '_optimizer_step_pre_hooks': OrderedDict(), '_optimizer_step_post_hooks': OrderedDict()}
         others = {name: value for name, value in optimizer.__dict__.items() if name not in own}
         originals = {id(p): stand_in for p, stand_in in zip(params, stand_ins)}  # a copy refers to none of these

@@ -12,6 +12,7 @@ from kit.base import devices, ranks
 FIRST_STEPS = 5    # of a launch: they compile and warm up, and are no measure
 SPARE = 0.03       # of the time that is left, for steps that come to take longer
 LATEST = 1.5       # times what an evaluation and a save have taken so far may the last of them take
+COPY = 0.1         # of a save at most stops the steps of a GPU, see kit/state/writer.py
 
 
 class Clock:
@@ -23,35 +24,42 @@ class Clock:
             import psutil
             self.end = psutil.Process().create_time() + 60 * minutes
         self.steps = 0  # of this launch
-        self.spent = {kind: [0.0, 0] for kind in ('step', 'evaluation', 'save')}  # seconds, and of how many
+        self.spent = {kind: [] for kind in ('step', 'evaluation', 'save')}  # seconds of each that was measured
         self.start(is_fitted=not minutes)
 
     # -----------------------------------------------------------------------------------------------------------------
     # the pace
 
-    def start(self, is_fitted):
-        """Measure from here on. is_fitted: how many steps the run has is known, as it is without minutes."""
-        self.is_fitted = is_fitted
+    def start(self, is_fitted, is_compiled=False):
+        """
+        Measure from here on. is_fitted: how many steps the run has is known, as it is without minutes. is_compiled: the
+        first evaluation may be held up by the compiler.
+        """
+        self.is_fitted, self.is_compiled = is_fitted, is_compiled
         self.last = self.since = time.perf_counter()
         self.recent_steps, self.data_seconds = 0, 0.0
 
     def took(self, kind, n=1):
         """
-        The time since the last call went into n of a kind: step, evaluation or save. Whatever is not a step begins the
-        pace anew, so that it is that of training alone.
+        The time since the last call went into n of a kind: step, evaluation or save. The pace is that of training
+        alone: what else was done is left out, or begins it anew where it held steps that were still to be made.
         """
         is_step = kind == 'step' and n > 0
         self.steps += is_step
         self.recent_steps += is_step
-        if self.minutes and (self.steps <= FIRST_STEPS or not self.is_fitted):
+        is_measured = self.minutes and (kind != 'step' or not self.is_fitted)
+        if is_measured:
             devices.synchronize(self.device)  # seldom: it waits for the device
-            now = time.perf_counter()
-            if kind != 'step' or self.steps > FIRST_STEPS:
-                self.spent[kind][0] += now - self.last
-                self.spent[kind][1] += n
-            self.last = now
-        if not is_step:
-            self.since, self.recent_steps, self.data_seconds = time.perf_counter(), 0, 0.0
+        now = time.perf_counter()
+        spent, seconds, self.last = self.spent[kind], now - self.last, now
+        if is_measured and n and (kind != 'step' or self.steps > FIRST_STEPS):
+            spent.append(seconds)
+        elif is_measured and spent:
+            spent[-1] += seconds
+        if not is_step and self.device.type == 'cpu':
+            self.since += seconds
+        elif not is_step:
+            self.since, self.recent_steps, self.data_seconds = now, 0, 0.0
 
     def data(self, fetch):
         """A function that fetches batches, its time counted."""
@@ -64,16 +72,29 @@ class Clock:
         return timed
 
     def pace(self):
-        """(seconds of a step, those of them for its batches), means over the steps since anything else was done."""
-        return (time.perf_counter() - self.since) / self.recent_steps, self.data_seconds / self.recent_steps
+        """
+        (seconds of a step, those of them for its batches), means over the steps since the last call or anything else.
+        """
+        now, n, data_seconds = time.perf_counter(), self.recent_steps, self.data_seconds
+        seconds, self.since, self.recent_steps, self.data_seconds = now - self.since, now, 0, 0.0
+        return seconds / n, data_seconds / n
 
     # -----------------------------------------------------------------------------------------------------------------
     # max_minutes
 
     def each(self, kind):
-        """Seconds that one of a kind takes; a save, before there was one, as long as an evaluation."""
-        seconds, n = self.spent[kind]
-        return seconds / n if n else self.each('evaluation') if kind == 'save' else 0.0
+        """
+        Seconds that one of a kind takes: the mean step, the shortest evaluation and save. The first evaluation of a
+        launch warms up, and counts while there is no other, unless a compiler may have held it up and the next is sure
+        to come, at the end of the measurement. A save, before there was one, takes as long as an evaluation.
+        """
+        seconds = self.spent[kind]
+        if kind == 'step':
+            return sum(seconds) / max(1, len(seconds))
+        if kind == 'evaluation':
+            counts = self.is_fitted or not self.is_compiled
+            seconds = seconds[1:] or seconds[:counts]
+        return min(seconds, default=self.each('evaluation') if kind == 'save' else 0.0)
 
     def reserve(self):
         return LATEST * (self.each('evaluation') + self.each('save')) + self.each('step')
@@ -89,8 +110,9 @@ class Clock:
     def fit(self, step, eval_interval, save_interval):
         """How many steps the run can have, the `step` that are made among them, at least one more. Rank 0 counts."""
         step_seconds, evaluation, save = map(self.each, self.spent)
+        beside = 1 if self.device.type == 'cpu' else COPY  # the thread that writes takes time from the steps of a CPU
         seconds = step_seconds + (evaluation / eval_interval if eval_interval else 0) + (
-            save / save_interval if save_interval else 0)
+            save * beside / save_interval if save_interval else 0)
         n = ranks.from_main(lambda: step + max(1, int((self.left() * (1 - SPARE) - self.reserve()) / seconds)))
         self.is_fitted = True
         print(f'max_minutes = {self.minutes:g}: a step takes {1000 * step_seconds:.1f}ms, an evaluation '

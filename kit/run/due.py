@@ -15,10 +15,10 @@ BAD_STEPS, LAST_STEP = 'bad steps', 'last step'  # why a run ends; or the name o
 
 class Due:
     """
-    In each step look(...), evaluated(...) if there was an evaluation, hear(...), and saved(...) if there was a save. In
-    between these say what is due: going_back, evaluation, save, names (of the checkpoint), line (of the log), and end:
-    '' while the run goes on. Of the run: max_iters, why (an early stop ended it), is_saved (its last state is on the
-    disk).
+    In each step look(...), evaluated(...) if there was an evaluation, hear(...), and saving() if there is a save; how
+    that went, saved(...), is told before the next evaluation is judged, the next save, or the end. In between these say
+    what is due: going_back, evaluation, save, names (of the checkpoint), line (of the log), and end: '' while the run
+    goes on. Of the run: max_iters, why (an early stop ended it), is_saved (its last state is on the disk).
 
     s: the settings of train.py; state: the RunState, whose losses are kept here; warmup_steps: of the schedule.
 
@@ -32,7 +32,7 @@ class Due:
         if not self.is_fitted:
             state.fitted_minutes = 0.0  # other minutes measure anew
         self.fit_at = math.inf if self.is_fitted else max(warmup_steps, self.first + FIRST_STEPS + FEWEST_STEPS)
-        self.why, self.is_saved = '', True
+        self.why, self.is_saved, self.best_kept = '', True, math.inf
 
     @property
     def is_fitted(self):
@@ -54,7 +54,7 @@ class Due:
         """What is due before the next update. is_time_up: whether max_minutes are over; the same on all ranks."""
         s, step = self.s, self.state.step
         self.signal, self.is_given_up = '', self.is_stuck
-        self.best_before, self.is_best = self.state.best_val_loss, False
+        self.is_best, self.best_before = False, self.state.best_val_loss
         self.is_new = step > self.state.loaded_at
         self.is_eval_step = s['eval_interval'] > 0 and step % s['eval_interval'] == 0
         self.is_save_step = s['save_interval'] > 0 and step % s['save_interval'] == 0
@@ -67,6 +67,7 @@ class Due:
 
     def evaluated(self, val_loss):
         """What comes of an evaluation. Those at intervals alone count, so that a longer run has the same ones."""
+        self.best_before = self.state.best_val_loss  # which a save that failed has put back
         self.is_best = val_loss < self.best_before
         self.state.best_val_loss = min(self.best_before, val_loss)
         if self.is_new and self.is_eval_step:
@@ -106,11 +107,16 @@ class Due:
         step, interval = self.state.step, self.s['log_interval']
         return interval > 0 and (step % interval == 0 or step + 1 == self.max_iters)
 
-    def saved(self, is_saved):
-        """Whether the save went well. What could not be kept may be beaten by less."""
-        self.is_saved = is_saved
-        if not is_saved:
-            self.state.best_val_loss = self.best_before
+    def saving(self):
+        """A save begins; whether it went well is known later."""
+        self.best_kept = self.best_before
+
+    def saved(self, went_well):
+        """How the last save went, None where it is not known. What could not be kept may be beaten by less."""
+        if went_well is not None:
+            self.is_saved = went_well
+        if went_well is False:
+            self.state.best_val_loss = self.best_kept
 
     @property
     def end(self):

@@ -14,18 +14,19 @@ from kit.watch import diagnosis, samples
 AVERAGED = 5  # checkpoints that checkpoint_averaging.py takes where it is not told how many
 
 
-def finish(due, s, model, data, meta, history, device, dtype):
+def finish(due, s, model, data, meta, journal, device, dtype):
     """
     Say why a run ends and what came of it; returns the exit status. due: the Due of its last step; s: the settings;
-    model: what is evaluated, the average where there is one; data: the Rows of val; history: the History of the run.
+    model: with the weights that are evaluated; data: the Rows of val; journal: of the run.
     """
     step, out_dir = due.state.step, s['out_dir']
-    if due.end == BAD_STEPS:
-        print(diagnosis.stopped_by_bad_numbers(step, int(due.state.bad_steps[0]), s['learning_rate'], dtype))
-        return 1
     if due.end in signals.STOP:
         show_how_to_go_on(due.end, step, out_dir)
         return signals.status(due.end)
+    journal.show('checkpoints', out_dir)  # not where a signal came: who sends it waits for some seconds only
+    if due.end == BAD_STEPS:
+        print(diagnosis.stopped_by_bad_numbers(step, int(due.state.bad_steps[0]), s['learning_rate'], dtype))
+        return 1
     signals.obey()
     show_why(due, out_dir, model)
     if ranks.is_main:
@@ -33,8 +34,8 @@ def finish(due, s, model, data, meta, history, device, dtype):
             samples.show(model, data, meta, device, dtype)
         except Exception as error:  # the verdict is worth more, and a model that went astray may not write
             print(f'no sample: {reason(error)}')
-        print('\n'.join(diagnosis.verdict(history)))
-        is_sound = all(map(math.isfinite, history.get('val/loss', 1)[1]))
+        print('\n'.join(diagnosis.verdict(journal.history)))
+        is_sound = all(map(math.isfinite, journal.history.get('val/loss', 1)[1]))
         show_next_commands(out_dir, model.config.causal, is_sound)
     return 0 if due.is_saved else 1  # 1: the last state could not be saved
 

@@ -3,17 +3,20 @@
 import math
 import time
 
+import torch
+
 from kit.base import devices
 from kit.data import tokens
-from kit.watch import diagnosis
+from kit.watch import diagnosis, evaluation
 from kit.watch.journal import duration
 
 
-def show(model, raw_model, x, y, documents, meta, device, dtype, from_scratch):
+def show(model, raw_model, x, y, documents, meta, device, dtype, from_scratch, is_compiled):
     """
     Show one micro-step, (B, T) each, before any training: shapes, a piece of the text, and whether a new model's first
     loss is that of a fair guess, ln(vocab_size). model is raw_model as it will be trained, wrapped and compiled: what
-    is compiled here is what the training runs. Returns the seconds of one pass forward and backward.
+    is compiled here is what the training and its evaluations run, so that no clock counts it as theirs. Returns the
+    seconds of one pass forward and backward.
     """
     c, n_params = raw_model.config, raw_model.count_params()
     memory = raw_model.training_memory(x.numel(), dtype, device)
@@ -24,9 +27,11 @@ def show(model, raw_model, x, y, documents, meta, device, dtype, from_scratch):
           + ('x moved on by one token' if c.causal else 'what x hides, at its own place')
           + (f', and -1 where nothing is to be learned: {n_targets:,} targets' if n_targets < y.numel() else ''))
     if documents is not None:
-        why = 'FlexAttention knows no dropout' if x.is_cuda else f'the choice on {device.type}'
+        why = ('FlexAttention is for rows of more than 128 tokens, heads of 16 channels or more, and no dropout'
+               if x.is_cuda else f'the choice on {device.type}')
         print('attention within documents: ' + (
-            'FlexAttention, with a block mask' if raw_model.is_sparse(device) else f'a dense mask ({why})'))
+            'FlexAttention, with a block mask; in evaluations a dense one' if raw_model.is_sparse(device, x.size(1))
+            else f'a dense mask ({why})'))
     try:
         text = tokens.tokenizer(meta['tokenizer'])
         for name, ids in ('x', x[0, :40].tolist()), ('y', y[0][y[0] >= 0][:40].tolist()):
@@ -38,12 +43,15 @@ def show(model, raw_model, x, y, documents, meta, device, dtype, from_scratch):
     for _ in range(2):  # the first pass warms up
         start = time.perf_counter()
         with devices.autocast(device, dtype):
-            _, loss = model(x, y, documents)
+            _, loss = model(x, y, documents, loss_alone=True)
         loss.backward()
         devices.synchronize(device)
         seconds.append(time.perf_counter() - start)
         first_loss = first_loss or loss.item()
-    model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)  # before the next: CUDA graphs cannot add to a gradient
+    if is_compiled:
+        with evaluation.evaluating(raw_model), torch.no_grad(), devices.autocast(device, dtype):
+            raw_model(x, y, documents)
     for buffer, before in zip(raw_model.buffers(), buffers):
         buffer.copy_(before)
     guess = math.log(c.vocab_size)

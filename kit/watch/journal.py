@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit.base import files, ranks
+from kit.base import devices, files, ranks
 from kit.base.errors import explained, fail, reason, shown
 from kit.base.overrides import require
 from kit.watch import runlogs
@@ -51,6 +51,8 @@ class Journal:
         self.history = History()
         self.unread = {}  # step: (figures, time.time()); None stands for those that wait on a device
         self.on_device = {}  # (device, dtype): ([(step, name), ...], [tensor of these, ...])
+        self.on_the_way = []  # ([(step, name), ...], a function that waits for the tensor of these), of a device each
+        self.line = None  # a function that shows the line of a step, where that comes later, see later()
         self.sinks = []
         self.waiting = []  # what the sinks get when the first update is made; None after that
         self.failed = set()  # files and sinks that could not be written to
@@ -61,6 +63,7 @@ class Journal:
     # lines
 
     def write(self, text):
+        self.catch_up()
         if ranks.is_main:
             with suppress(OSError):  # the terminal may be closed; training.log goes on
                 self.console.write(text)
@@ -123,7 +126,7 @@ class Journal:
         if settings['tensorboard']:
             self.sinks.append(TensorBoard(run_folder(name, last.get(TensorBoard.name)), settings, step))
         if settings['wandb_log']:
-            self.sinks.append(WandB(out_dir, settings, name, last.get(WandB.name)))
+            self.sinks.append(WandB(settings, name, last.get(WandB.name)))
 
     def places(self):
         """Where the sinks write, to be remembered for a resume."""
@@ -171,22 +174,43 @@ class Journal:
         if len(self.unread) == MOST_UNREAD:
             self.read()
 
-    def fill_in(self, unread):
-        """Put what waits on the devices into unread, {step: (figures, time)}. Waits once for each device."""
+    def fetch(self):
+        """Begin to copy what waits on the devices to the host."""
         waiting, self.on_device = self.on_device, {}
         for device in dict.fromkeys(device for device, _ in waiting):
             groups = [group for (at, _), group in waiting.items() if at == device]
             widest = torch.float32 if device.type == 'mps' else torch.float64  # which holds a float32 exactly
-            values = torch.cat([torch.cat(tensors).to(widest) for _, tensors in groups]).tolist()
-            places = [place for places, _ in groups for place in places]
-            for (step, name), value in zip(places, values):
+            values = torch.cat([torch.cat(tensors).to(widest) for _, tensors in groups])
+            self.on_the_way.append(([place for places, _ in groups for place in places], devices.fetch(values)))
+
+    def fill_in(self, unread):
+        """Put what was on the devices into unread, {step: (figures, time)}. Waits once for each device."""
+        self.fetch()
+        arrived, self.on_the_way = self.on_the_way, []
+        for places, values in arrived:
+            for (step, name), value in zip(places, values().tolist()):
                 unread[step][0][name] = value
+
+    def later(self, line):
+        """
+        line() shows the line of the newest step, and reads it: when catch_up() is called, or before anything else is
+        written, read or shown. Until then nothing waits for the device.
+        """
+        self.fetch()
+        self.line = line
+
+    def catch_up(self):
+        """Show the line that comes later, if there is one."""
+        line, self.line = self.line, None
+        if line:
+            line()
 
     def read(self, figures=None):
         """
         Record the updates since the last call. figures: what more is known of the newest; then it is also said what
         all of them mean, where that is news. Waits for the device.
         """
+        self.catch_up()
         unread, self.unread = self.unread, {}
         if unread:
             self.fill_in(unread)
@@ -206,15 +230,15 @@ class Journal:
                 print(line)
 
     def sync(self):
-        """The records of all updates up to now are on the disk: those behind a checkpoint a resume makes again."""
-        self.read()
+        """What was recorded is on the disk when this returns: those behind a checkpoint a resume makes again."""
         if self.metrics:
             with suppress(OSError):  # which a full disk has told already
                 os.fsync(self.metrics.fileno())
 
     def go_back(self, step, rewinds):
         """The run goes back to a step, and its records after that are dropped. rewinds: how often it has done so."""
-        self.unread, self.on_device = {}, {}
+        self.catch_up()
+        self.unread, self.on_device, self.on_the_way = {}, {}, []
         self.history.cut(step)
         self.clipped = self.clipped_before(step)
         self.record(step, {'rewinds': rewinds})
@@ -235,6 +259,7 @@ class Journal:
         The same to every sink that has a method for it: ('text', step, name, text), see TensorBoard and WandB. What
         takes some making comes as a function that makes it.
         """
+        self.catch_up()
         if not self.sinks:
             return
         try:
@@ -341,9 +366,9 @@ class WandB:
 
     name = 'W&B'
 
-    def __init__(self, out_dir, settings, name, run_id):
+    def __init__(self, settings, name, run_id):
         import wandb
-        self.out_dir, self.wandb, self.settings = out_dir, wandb, settings
+        self.wandb, self.settings = wandb, settings
         run_id = run_id if re.fullmatch(r'[A-Za-z0-9_-]{1,64}', str(run_id)) else None  # a part of a path
         options = dict(project=settings['wandb_project'], name=name, config=settings, id=run_id,
                        resume='allow' if run_id else None)
@@ -375,14 +400,16 @@ class WandB:
     def model(self, model):
         self.run.watch(model, log='all', log_freq=self.settings['log_interval'] or 1000)
 
-    def close(self):
-        files = [path for path in (self.out_dir / 'best.pt', self.out_dir / 'ckpt.pt')
-                 if path.is_file() and not path.is_symlink()]
-        if files:
+    def checkpoints(self, folder):
+        names = {'none': [], 'best': ['best.pt'], 'all': ['best.pt', 'ckpt.pt']}[self.settings['wandb_checkpoints']]
+        paths = [path for name in names if (path := Path(folder) / name).is_file() and not path.is_symlink()]
+        if paths:
             artifact = self.wandb.Artifact(f'checkpoints-{self.run.id}', type='model')
-            for path in files:
+            for path in paths:
                 artifact.add_file(str(path))
             self.run.log_artifact(artifact)
+
+    def close(self):
         self.run.finish()
 
 
