@@ -312,17 +312,19 @@ class GPT(nn.Module):
         """
         Bytes that training takes at its peak, roughly. n_tokens: in a micro-step; dtype: its name.
 
-        16 a parameter: weight, gradient and AdamW's two moments in float32. For the backward pass a layer keeps 17
-        values a channel and token (Korthikanti et al. 2022, arXiv:2205.05198, counted for attention that keeps no
-        (T, T) matrix), the two of the residual stream in float32; half as much again is for what the backward pass
-        itself makes. On a CPU dropout in the attention keeps five (T, T) matrices a head.
+        16 a parameter: weight, gradient and AdamW's two moments in float32; on a CPU 12 more, for the copy of which a
+        checkpoint is written. For the backward pass a layer keeps 17 values a channel and token (Korthikanti et al.
+        2022, arXiv:2205.05198, counted for attention that keeps no (T, T) matrix), the two of the residual stream in
+        float32; half as much again is for what the backward pass itself makes. On a CPU dropout in the attention keeps
+        five (T, T) matrices a head.
         """
         c, size = self.config, 4 if dtype == 'float32' else 2
         activations = c.n_layer * c.n_embd * (17 * size + (4 - size) * 2) * 1.5
         if c.dropout and device.type == 'cpu':
             activations += c.n_layer * c.n_head * c.block_size * 5 * size
         logits = c.vocab_size * (size + 8)  # and their gradient and softmax in float32
-        return 16 * self.count_params(non_embedding=False) + n_tokens * (activations + logits)
+        a_parameter = 28 if device.type == 'cpu' else 16
+        return a_parameter * self.count_params(non_embedding=False) + n_tokens * (activations + logits)
 
     def in_words(self):
         return f'{self.config.n_layer} layers of {self.config.n_head} heads and {self.config.n_embd} channels'

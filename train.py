@@ -13,7 +13,6 @@ $ python train.py --max_minutes=30                                  as many step
 $ python train.py config/train_gpt2.py --find_lr                    which learning rate to begin with
 """
 
-import gc
 import math
 
 import torch
@@ -115,7 +114,7 @@ find_lr_end = 1.0           # > 0: to this one, or to where the loss diverges
 debug_nan = False           # at the first bad number: stop, and say which text, operation or gradient made it
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 compile = None              # torch.compile: True, False, None = where it pays
-compile_mode = 'auto'       # auto, default, reduce-overhead (CUDA graphs), max-autotune or max-autotune-no-cudagraphs
+compile_mode = 'auto'       # auto, default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs: see PyTorch
 backend = 'auto'            # auto, nccl or gloo: between processes
 
 config = overrides.apply(globals(), rules.TRAIN)
@@ -227,6 +226,7 @@ def evaluate():
 
 def save(names):
     """Begin to write all that a resume needs, under these names: a copy of it, while the training goes on."""
+    journal.catch_up()
     due.saved(writer.wait())
     due.saving()
     if not ranks.is_main:
@@ -323,7 +323,7 @@ starts.begin(config, raw_model, data['train'], tokens_per_step, warmup_steps, st
 iter_line = IterLine(raw_model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, device, dtype)
 writer = Writer(out_dir, keep_last, save_errors == 'stop')
 signals.listen()
-gc.freeze()  # what the setup has left is looked through for garbage no more
+devices.settle_garbage(device)
 clock.start(due.is_fitted, is_compiled)
 while True:
     # bad steps are skipped; where they do not end, go back to before them, with other text from there on

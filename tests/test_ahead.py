@@ -1,10 +1,13 @@
 """What a GPU gains where the host runs ahead of it, as far as a CPU shows it: no waits, later lines, few graphs."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import ROOT, records
+from conftest import ROOT, TINY, hooked_script, losses, records
 from no_wait import NoWait, Waits
 
 from kit.learn import optimizers
@@ -69,6 +72,7 @@ def test_a_wait_would_be_seen(hooked):
 AHEAD = '''
 from kit.base import devices
 from kit.data import batches
+from kit.run import clock as clocks
 from kit.run.iter_line import IterLine
 launched, order, sound_seed, show = [0], [], batches.torch_seed, IterLine.show
 def torch_seed(seed, step, rank):
@@ -80,7 +84,11 @@ def shown(self, step, *args):
 def fetch(tensor):
     copy = tensor.detach().clone()  # what becomes of the tensor later is not in it
     return lambda: copy
-batches.torch_seed, IterLine.show = torch_seed, shown
+sound_start = clocks.Clock.start
+def start(self, *args, **kwargs):  # whose pace begins anew behind what is no step
+    self.device = torch.device('cuda')
+    sound_start(self, *args, **kwargs)
+batches.torch_seed, IterLine.show, clocks.Clock.start = torch_seed, shown, start
 devices.runs_ahead, devices.fetch = lambda device: True, fetch
 ''' + AT_THE_END.format("'steps behind:', order")
 NAN_IN_SEVEN = '''
@@ -106,7 +114,7 @@ def told(result):
     ('--log_interval=1 --eval_interval=0 --save_interval=0', '')])
 def test_lines_that_come_later_are_the_same(hooked, tiny, args, hook):
     """In the same order too, and so are all records: evaluations, saves, warnings and rewinds come behind the line."""
-    need = 'from kit.data import batches\n'
+    need = 'import torch\nfrom kit.data import batches\n'
     args = ['--max_iters=20', *args.split()]
     plain = hooked(need + hook, *args, '--out_dir=run_a')
     ahead = hooked(need + hook + AHEAD, *args, '--out_dir=run_b')
@@ -119,6 +127,28 @@ def test_lines_that_come_later_are_the_same(hooked, tiny, args, hook):
         assert a.keys() == b.keys()
         kept = [name for name in a if name not in clock and not name.startswith('system/')]
         assert {name: a[name] for name in kept} == {name: b[name] for name in kept}
+
+
+def test_lines_that_come_later_in_two_processes(pair, tiny):
+    """Also where a signal comes right behind the step of a line."""
+    stop = ('import os, signal\nold_seed = batches.torch_seed\n'
+            'def seed_or_stop(seed, step, rank):\n    step == 12 and rank and os.kill(os.getpid(), signal.SIGTERM)\n'
+            '    return old_seed(seed, step, rank)\nbatches.torch_seed = seed_or_stop\n')
+    script = hooked_script(tiny, 'import torch\nfrom kit.data import batches\n' + AHEAD + stop)
+    result = pair('--gradient_accumulation_steps=2', '--save_interval=3', '--max_iters=20', '--log_interval=2',
+                  script=script)
+    assert result.status == 143 and list(losses(result)) == [0, 2, 4, 6, 8, 10, 12], result.out + result.err
+
+
+def test_a_line_that_was_to_come_is_not_lost(tiny):
+    """Where the next step raises an error."""
+    fault = ('old_seed = batches.torch_seed\ndef seed_or_raise(seed, step, rank):\n    assert step < 7, "a fault"\n'
+             '    return old_seed(seed, step, rank)\nbatches.torch_seed = seed_or_raise\n')
+    script = hooked_script(tiny, 'import torch\nfrom kit.data import batches\n' + AHEAD + fault)
+    done = subprocess.run([sys.executable, script, '--dataset=tiny', *TINY, '--max_iters=20'], cwd=tiny, text=True,
+                          capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 1 and 'a fault' in done.stderr
+    assert [record['step'] for record in records(tiny / 'checkpoints') if 'loss' in record] == list(range(7))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

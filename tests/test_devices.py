@@ -186,6 +186,29 @@ def test_the_mode_of_the_compiler(capsys, name, device, flops, mode, reason):
     assert re.fullmatch(rf'compile_mode: {mode} \(.*{reason}.*\)\n', capsys.readouterr().out)
 
 
+def test_no_cuda_graphs_where_gradients_add_up(monkeypatch, capsys):
+    """They are lost then (pytorch/pytorch#169545): one line where they are asked for, none taken by itself."""
+    for name in 'reduce-overhead', 'max-autotune':
+        with pytest.raises(SystemExit) as end:
+            devices.choose_compile_mode(name, CUDA, 1e9, micro_steps=2)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and name in err and '--compile_mode=default' in err and err.count('\n') == 1
+        assert devices.choose_compile_mode(name, CPU, 1e9, micro_steps=2) == name
+    assert devices.choose_compile_mode('auto', CUDA, 1e9, micro_steps=2) == 'default'
+    monkeypatch.setattr(ranks, 'world_size', 2)
+    assert devices.choose_compile_mode('auto', CUDA, 1e9) == 'default'
+
+
+def test_what_the_setup_leaves_is_settled_where_the_host_runs_ahead(monkeypatch):
+    did = []
+    for name in 'collect', 'freeze':
+        monkeypatch.setattr(devices.gc, name, lambda name=name: did.append(name))
+    devices.settle_garbage(CPU)
+    assert not did
+    devices.settle_garbage(CUDA)
+    assert did == ['collect', 'freeze']
+
+
 @pytest.mark.parametrize('given, kept', [(None, ':4096:8'), (':16:8', ':16:8'), (':0:0', None)])
 def test_deterministic_is_strict_and_keeps_what_the_user_has_set(monkeypatch, capsys, given, kept):
     monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', '')  # so that it is put back

@@ -126,6 +126,8 @@ def test_what_could_not_be_saved():
     seen, due = run('--save_interval=0', losses=losses, failing=[4])
     assert of(seen, 'best') == [4, 8] and due.state.best_val_loss == 4.0 and due.is_saved
     assert not run(failing=[10])[1].is_saved
+    seen, due = run('--save_interval=1', losses={0: 9.0, 4: 3.0, 8: 4.0, 10: 5.0}, failing=[4, 5])
+    assert of(seen, 'best') == [4, 8], 'also where the next one fails before it is known that this one did'
     seen, due = run(failing=[3])
     assert due.state.best_val_loss == 4.9, 'a save that fails without an evaluation takes no best away'
 

@@ -2,6 +2,7 @@
 Which device, number format and compiler a run takes. Chosen by fixed rules; each choice is printed with its reason.
 """
 
+import gc
 import importlib.util
 import os
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 import torch
 
+from kit.base import ranks
 from kit.base.errors import fail
 
 # dense bfloat16 (float16 before Ampere) peak in FLOP/s, from the makers' data sheets; the first name found counts, so
@@ -196,8 +198,8 @@ def choose_compile_mode(name, device, flops, micro_steps=1):
              '--compile_mode=default')
     if name == 'auto' and device.type != 'cuda':
         name, reason = 'default', 'CUDA graphs are for CUDA'
-    elif name == 'auto' and micro_steps > 1:
-        name, reason = 'default', 'CUDA graphs lose gradients that add up over micro-steps'
+    elif name == 'auto' and (micro_steps > 1 or ranks.world_size > 1):
+        name, reason = 'default', 'CUDA graphs are for steps of one micro-step, in one process'
     elif name == 'auto' and flops < CUDA_GRAPHS_BELOW_FLOPS:
         name, reason = 'reduce-overhead', f'CUDA graphs: the GPU would wait for the host to launch {flops:.1e} FLOPs'
     elif name == 'auto':
@@ -244,6 +246,16 @@ def row_multiple(device):
 def runs_ahead(device):
     """Whether the host only queues work there, and goes on before it is done."""
     return device.type == 'cuda'
+
+
+def settle_garbage(device):
+    """
+    Where the host runs ahead, what the setup has left is looked through for garbage once and then no more: that takes a
+    tenth of a second, in which the device would be given nothing to do.
+    """
+    if runs_ahead(device):
+        gc.collect()
+        gc.freeze()
 
 
 def fetch(tensor):

@@ -8,6 +8,7 @@ One process alone is rank 0 of 1, and nothing here imports torch.distributed for
 
 import os
 import sys
+import threading
 from datetime import timedelta
 
 from kit.base.errors import explained, fail
@@ -30,7 +31,7 @@ is_main = rank == 0
 # how long the others wait for one of them before they are killed; torch's own 30 and 10 minutes are shorter than some
 # of what they wait for. Where one dies, torchrun ends the others at once, whatever stands here
 GLOO_TIMEOUT = timedelta(hours=12)  # rank 0's downloads and uploads
-NCCL_TIMEOUT = timedelta(hours=2)   # rank 0's save, in the next sum over the gradients
+NCCL_TIMEOUT = timedelta(hours=2)   # rank 0's save, and the write before it, in the next sum over the gradients
 
 between_hosts = None  # a group of gloo's, None = the default one
 
@@ -140,6 +141,9 @@ def leave(status=0):
     """End the script, all processes together. To be called where nothing is left to close."""
     if world_size > 1:
         import torch.distributed as dist
+        for thread in threading.enumerate():  # such as one that writes a checkpoint
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
         dist.barrier(group=between_hosts)
         dist.destroy_process_group()
         sys.stdout.flush()

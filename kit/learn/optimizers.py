@@ -32,8 +32,8 @@ def clip(optimizer, parameters, norm, limit, most):
 
 
 def clip_scale(norm, limit):
-    """What gradients of a norm are divided by, as clip_grads_with_norm_ has it."""
-    return ((norm + 1e-6) / limit).clamp(min=1.0)
+    """What gradients of a norm are divided by, as clip_grads_with_norm_ has it; kernels read it in float32."""
+    return ((norm + 1e-6) / limit).clamp(min=1.0).float()
 
 
 def step(optimizer, is_good):

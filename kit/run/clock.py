@@ -47,7 +47,8 @@ class Clock:
         is_step = kind == 'step' and n > 0
         self.steps += is_step
         self.recent_steps += is_step
-        is_measured = self.minutes and (kind != 'step' or not self.is_fitted)
+        # once it is known how many steps fit, a thread writes the saves, and what is seen of one is the copy
+        is_measured = self.minutes and (kind == 'evaluation' or not self.is_fitted)
         if is_measured:
             devices.synchronize(self.device)  # seldom: it waits for the device
         now = time.perf_counter()
@@ -75,8 +76,9 @@ class Clock:
         """
         (seconds of a step, those of them for its batches), means over the steps since the last call or anything else.
         """
-        now, n, data_seconds = time.perf_counter(), self.recent_steps, self.data_seconds
-        seconds, self.since, self.recent_steps, self.data_seconds = now - self.since, now, 0, 0.0
+        now, n, data_seconds = time.perf_counter(), max(1, self.recent_steps), self.data_seconds
+        seconds, self.since, self.last = now - self.since, now, now
+        self.recent_steps, self.data_seconds = 0, 0.0
         return seconds / n, data_seconds / n
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Due:
         """What is due before the next update. is_time_up: whether max_minutes are over; the same on all ranks."""
         s, step = self.s, self.state.step
         self.signal, self.is_given_up = '', self.is_stuck
-        self.is_best, self.best_before = False, self.state.best_val_loss
+        self.best_before, self.is_best = self.state.best_val_loss, False
         self.is_new = step > self.state.loaded_at
         self.is_eval_step = s['eval_interval'] > 0 and step % s['eval_interval'] == 0
         self.is_save_step = s['save_interval'] > 0 and step % s['save_interval'] == 0
@@ -108,8 +108,8 @@ class Due:
         return interval > 0 and (step % interval == 0 or step + 1 == self.max_iters)
 
     def saving(self):
-        """A save begins; whether it went well is known later."""
-        self.best_kept = self.best_before
+        """A save begins; whether it went well is known later, that of the one before is known by now."""
+        self.best_kept = self.best_before if self.is_best else self.state.best_val_loss
 
     def saved(self, went_well):
         """How the last save went, None where it is not known. What could not be kept may be beaten by less."""

@@ -23,11 +23,11 @@ def finish(due, s, model, data, meta, journal, device, dtype):
     if due.end in signals.STOP:
         show_how_to_go_on(due.end, step, out_dir)
         return signals.status(due.end)
+    signals.obey()
     journal.show('checkpoints', out_dir)  # not where a signal came: who sends it waits for some seconds only
     if due.end == BAD_STEPS:
         print(diagnosis.stopped_by_bad_numbers(step, int(due.state.bad_steps[0]), s['learning_rate'], dtype))
         return 1
-    signals.obey()
     show_why(due, out_dir, model)
     if ranks.is_main:
         try:

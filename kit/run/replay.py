@@ -132,7 +132,8 @@ def show_step(past, step, figures, is_exact, first_off):
         print(f'the loss is the logged one to rounding, it differs by {abs(logged[0] - figures["loss"]):.2g}: this is '
               'what happened, as near as a GPU makes it again without --deterministic')
     else:
-        rounding = '' if is_exact else f'; or rounding, which grows: its first step here was {first_off:.2g} off'
+        is_known = math.isfinite(first_off) and not is_exact
+        rounding = f'; or rounding, which grows: its first step here was {first_off:.2g} off' if is_known else ''
         print(f'WARNING: the loss is not the logged one, it differs by {abs(logged[0] - figures["loss"]):.2g}: another '
               'text by that name, device, --compile, number of processes or threads, or weights that have changed '
               f'where the run began{rounding}')

@@ -25,7 +25,7 @@ class Writer:
         self.folder, self.keep_last, self.stop_on_error = Path(folder), keep_last, stop_on_error
         self.thread, self.lines, self.failure, self.went_well = None, [], '', None
         self.copies = Copies()
-        atexit.register(self.wait)
+        atexit.register(self.rescue)
 
     def write(self, checkpoint, names, parameters=None, first=None):
         """
@@ -49,6 +49,11 @@ class Writer:
                 checkpoints.prune(self.folder, self.keep_last, self.lines.append)
         except Exception as error:
             self.failure = checkpoints.failure(error, self.folder)
+
+    def rescue(self):
+        """Where an exception ends the script, what a write had to say is said behind it."""
+        self.stop_on_error = False
+        self.finish()
 
     def wait(self, block=True):
         """

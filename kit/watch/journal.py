@@ -3,6 +3,7 @@ One place to write to. What the scripts print goes to the console and to trainin
 TensorBoard and Weights & Biases. Only rank 0 writes. A file or a service that fails is told once, and training goes on.
 """
 
+import atexit
 import io
 import itertools
 import json
@@ -112,6 +113,7 @@ class Journal:
             fail(f'out_dir = {str(out_dir)!r}: {error.filename} cannot be written ({reason(error)}); choose another '
                  'folder')
         self.put(self.log, ''.join(self.early))
+        atexit.register(self.rescue)
         last = {}
         if step is not None:
             last = next(reversed(runlogs.read_config(out_dir)['launches']), {}).get('sinks')
@@ -204,6 +206,11 @@ class Journal:
         line, self.line = self.line, None
         if line:
             line()
+
+    def rescue(self):
+        """Where an exception ends the script, the line that comes later is not lost, unless it is of a dead device."""
+        with suppress(Exception):
+            self.catch_up()
 
     def read(self, figures=None):
         """
