@@ -294,6 +294,8 @@ CHECKED = {  # script: {what they may be: settings}; a comment that says it no m
         '>= -1': 'inspect_step',
         'not empty': 'dataset',
         'warn or stop': 'save_errors',
+        'none, best or all': 'wandb_checkpoints',
+        'auto, default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs': 'compile_mode',
         'windows, packed or padded': 'batch_mode',
         'cut or drop': 'too_long',
         'random, shuffle or sequential': 'sampling',
@@ -503,8 +505,8 @@ def test_the_launch_settings_of_train():
     script = overrides.read_script(ROOT / 'train.py')
     assert list(script.settings)[-len(script.launch):] == [
         'out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'weights', 'inspect_step', 'find_lr',
-        'find_lr_start', 'find_lr_end', 'debug_nan', 'device', 'compile', 'backend']
-    assert script.launch == set(list(script.settings)[-15:])
+        'find_lr_start', 'find_lr_end', 'debug_nan', 'device', 'compile', 'compile_mode', 'backend']
+    assert script.launch == set(list(script.settings)[-16:])
 
 
 @pytest.fixture
