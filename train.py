@@ -182,6 +182,7 @@ scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16' and scale_
 state = starts.restore(saved, is_resume, config, meta, raw_model, optimizer, scaler, average, device)
 bad_steps = gradients.BadSteps(state, raw_model, scaler)
 due = Due(config, state, warmup_steps)
+writer = Writer(out_dir, keep_last, save_errors == 'stop')
 saved = None  # its memory is free again
 
 n_tokens = tokens_per_step * (rate_finder.STEPS if find_lr else max_iters)  # of the whole run
@@ -243,6 +244,13 @@ def save(names):
         writer.finish()  # max_minutes measures all of it
 
 
+def leave(status):
+    """End the script, with all written."""
+    writer.finish()
+    journal.close()
+    ranks.leave(status)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a step: all that makes the weights after it out of those before it; a function of them, of its number and its rate
 
@@ -295,7 +303,7 @@ def update(step, lr):
 
 
 if debug_nan:  # update calls the new get_batch, by its name
-    get_batch, update = nan_hunt.watched(get_batch, update, raw_model, bad_steps, scaler, micro_steps, seed, journal,
+    get_batch, update = nan_hunt.watched(get_batch, update, raw_model, bad_steps, scaler, micro_steps, seed, leave,
                                          device, dtype)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +329,6 @@ if not trains:
 
 starts.begin(config, raw_model, data['train'], tokens_per_step, warmup_steps, state, is_resume, journal)
 iter_line = IterLine(raw_model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, device, dtype)
-writer = Writer(out_dir, keep_last, save_errors == 'stop')
 signals.listen()
 devices.settle_garbage(device)
 clock.start(due.is_fitted, is_compiled)
@@ -331,7 +338,7 @@ while True:
         writer.finish()
         starts.go_back(out_dir, state, raw_model, optimizer, scaler, average, journal)
     due.saved(writer.wait(block=False))
-    due.look(clock.is_up())
+    due.look(clock.is_up(writer))
 
     # evaluate, save, or leave
     if due.evaluation:
@@ -373,5 +380,4 @@ while True:
 due.saved(writer.wait())
 with averages.smoothed(average):
     status = ending.finish(due, config, raw_model, data['val'], meta, journal, device, dtype)
-journal.close()
-ranks.leave(status)
+leave(status)

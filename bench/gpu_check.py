@@ -727,6 +727,8 @@ known = {check.__name__ for group in SECTIONS for check in group}
 wanted = set(only.split(',')) if only else known
 if wanted - known:
     fail(f'only = {only!r}: {min(wanted - known)!r} is no section; there are {", ".join(sorted(known))}')
+if json and not Path(json).absolute().parent.is_dir():
+    fail(f'json = {json!r}: there is no such folder')
 if not cpu and not torch.cuda.is_available():
     fail('there is no CUDA GPU here, or torch cannot use it; --cpu tries this script without one')
 device = devices.choose_device('cpu' if cpu else 'cuda')

@@ -49,6 +49,7 @@ def one_line(result, named):
     (['--find_lr', '--test'], ['each replaces the training']),
     (['--min_lr=1'], ['min_lr = 1.0', 'learning_rate', 'decay']),
     (['--device=cuda:7'], ['cuda:7', '--device=auto']),
+    (['--device=cuda:1000'], ['cuda:1000', '--device=auto']),
     (['--device=toaster'], ['toaster', 'cpu']),
     (['--device=meta'], ['meta', 'cpu']),
     (['--seed=99999999999999999999'], ['seed', '2**63']),

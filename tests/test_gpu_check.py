@@ -56,6 +56,11 @@ def test_what_there_is_no_time_for_is_left_out_and_said(run):
     assert 'and it needs 60' in result.out and result.out.rstrip().endswith('numbers: all of it')
 
 
+def test_a_file_that_cannot_be_written_is_told_at_once(run):
+    result = run(CHECK, '--cpu', '--json=nowhere/rows.json')
+    assert result.status == 2 and result.err.count('\n') == 1 and 'there is no such folder' in result.err
+
+
 def test_mistakes_are_one_line(run):
     result = run(CHECK, '--cpu', '--only=number')
     assert result.status == 2 and result.err.count('\n') == 1 and "'number' is no section" in result.err

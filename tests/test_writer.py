@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY, hooked_script
 from test_checkpoints import PLACES, flip, state, steps, with_moments
 
 from kit.learn import optimizers
@@ -150,6 +150,31 @@ def test_a_write_that_fails_is_said_once_by_who_waits(tmp_path, capsys, name):
     writer.write(state(3), ['ckpt.pt'])  # prints the line, and wait() knows of it
     assert capsys.readouterr().out.count('WARNING') == 1
     assert writer.wait() is False and writer.wait() is None and steps(tmp_path) == {'ckpt.pt': 3}
+
+
+@pytest.mark.parametrize('n_processes', [1, 2])
+def test_a_run_that_ends_in_the_middle_of_a_write_waits_for_it(run, pair, tiny, n_processes):
+    """Here by --debug_nan, which leaves at once: the checkpoint is there, and the log has what was to be said of it."""
+    code = ('''
+import time, torch, model
+from kit.data import batches
+from kit.state import checkpoints
+sound_write, sound_forward = checkpoints.write, model.GPT.forward
+def write(*args, **kwargs):
+    time.sleep(0.5)
+    args[4]('a line of the write')
+    return sound_write(*args, **kwargs)
+def forward(self, *args, **kwargs):
+    logits, loss = sound_forward(self, *args, **kwargs)
+    return logits, loss * float('nan') if torch.initial_seed() == batches.torch_seed(1337, 6, 0) else loss
+checkpoints.write, model.GPT.forward = write, forward
+''')
+    script = hooked_script(tiny, code)
+    args = '--debug_nan', '--gradient_accumulation_steps=2'
+    result = pair(*args, script=script) if n_processes == 2 else run(script, '--dataset=tiny', *TINY, *args)
+    assert result.status == 1 and 'debug_nan: step 6' in result.out, result.out + result.err
+    assert steps(tiny / 'checkpoints')['ckpt.pt'] == 5
+    assert 'a line of the write' in (tiny / 'checkpoints/training.log').read_text()
 
 
 def test_who_does_not_block_hears_when_it_is_written(tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def choose_device(name, local_rank=0, world_size=1):
     # torch counts the cards that the driver shows, whether CUDA can use them or not
     count = {'cpu': 1, 'mps': int(torch.backends.mps.is_available()),
              'cuda': 0 if fault == NO_GPU else torch.cuda.device_count()}
-    if (device.index or 0) >= count[device.type]:
+    if not 0 <= (device.index or 0) < count[device.type]:  # torch makes -24 of cuda:1000
         here = ', '.join(f'{n} {kind}' for kind, n in count.items() if n)
         fail(f'device = {name!r}: it is not on this machine (here: {here}); --device=auto takes what there is')
     if device.type == 'cuda':

@@ -12,7 +12,7 @@ from kit.base import devices, ranks
 FIRST_STEPS = 5    # of a launch: they compile and warm up, and are no measure
 SPARE = 0.03       # of the time that is left, for steps that come to take longer
 LATEST = 1.5       # times what an evaluation and a save have taken so far may the last of them take
-COPY = 0.1         # of a save at most stops the steps of a GPU, see kit/state/writer.py
+COPY = 0.1         # of a save at most stops the steps of a GPU, see kit/state/writer.py; those of a CPU share its cores
 
 
 class Clock:
@@ -47,7 +47,7 @@ class Clock:
         is_step = kind == 'step' and n > 0
         self.steps += is_step
         self.recent_steps += is_step
-        # once it is known how many steps fit, a thread writes the saves, and what is seen of one is the copy
+        # once it is known how many steps fit, a thread writes the saves, and what is seen of one here is a copy
         is_measured = self.minutes and (kind == 'evaluation' or not self.is_fitted)
         if is_measured:
             devices.synchronize(self.device)  # seldom: it waits for the device
@@ -105,16 +105,23 @@ class Clock:
         """Seconds."""
         return max(0.0, self.end - time.time())
 
-    def is_up(self):
-        """Whether it is time for the last evaluation and save, if one step was made; the same on all ranks."""
-        return self.minutes > 0 and ranks.highest(int(self.steps > 0 and self.left() < self.reserve())) > 0
+    def is_up(self, writer):
+        """
+        Whether it is time for the last evaluation and save, if one step was made; the same on all ranks. writer: that
+        of the run; a save that it is still writing the last one waits for, and one that it has written is a measure.
+        """
+        if writer.seconds and not self.spent['save']:
+            self.spent['save'].append(writer.seconds)
+        needed = self.reserve() + self.each('save') * writer.is_writing
+        return self.minutes > 0 and ranks.highest(int(self.steps > 0 and self.left() < needed)) > 0
 
     def fit(self, step, eval_interval, save_interval):
         """How many steps the run can have, the `step` that are made among them, at least one more. Rank 0 counts."""
         step_seconds, evaluation, save = map(self.each, self.spent)
-        beside = 1 if self.device.type == 'cpu' else COPY  # the thread that writes takes time from the steps of a CPU
-        seconds = step_seconds + (evaluation / eval_interval if eval_interval else 0) + (
-            save * beside / save_interval if save_interval else 0)
+        saving = save / save_interval if save_interval else 0
+        stops = 1 if self.device.type == 'cpu' else COPY  # the share of it that stops the steps
+        seconds = max(step_seconds, (1 - stops) * saving) + stops * saving + (
+            evaluation / eval_interval if eval_interval else 0)
         n = ranks.from_main(lambda: step + max(1, int((self.left() * (1 - SPARE) - self.reserve()) / seconds)))
         self.is_fitted = True
         print(f'max_minutes = {self.minutes:g}: a step takes {1000 * step_seconds:.1f}ms, an evaluation '

@@ -11,7 +11,7 @@ from kit.data import batches
 from kit.learn import gradients
 
 
-def watched(get_batch, update, model, bad_steps, scaler, micro_steps, seed, journal, device, dtype):
+def watched(get_batch, update, model, bad_steps, scaler, micro_steps, seed, leave, device, dtype):
     """
     (get_batch, update) of train.py, which look at what they have made: at a bad number they say where it came from and
     end the script. model: not wrapped; bad_steps: a gradients.BadSteps. Both wait for the device.
@@ -23,7 +23,7 @@ def watched(get_batch, update, model, bad_steps, scaler, micro_steps, seed, jour
             if words:
                 print(f'{who(step, rank)}, micro-step {micro_step}: the data: {words}')
         if any(found):
-            leave()
+            leave(1)
         return batch
 
     def update_checked(step, lr):
@@ -37,15 +37,11 @@ def watched(get_batch, update, model, bad_steps, scaler, micro_steps, seed, jour
                 print(f'{who(step, rank)}: '
                       + (words or 'made again, its forward and backward pass give no bad number: what comes behind '
                                   f'them does, or what is compiled. {at_fault}'))
-            leave()
+            leave(1)
         return figures, norms
 
     def who(step, rank):
         return f'debug_nan: step {step}' + (f', rank {rank}' if ranks.world_size > 1 else '')
-
-    def leave():
-        journal.close()
-        ranks.leave(1)
 
     return get_checked, update_checked
 

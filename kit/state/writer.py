@@ -6,6 +6,7 @@ while the training goes on. All that checkpoints.py promises holds for it too.
 import atexit
 import copy
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ class Writer:
     def __init__(self, folder, keep_last, stop_on_error=False):
         self.folder, self.keep_last, self.stop_on_error = Path(folder), keep_last, stop_on_error
         self.thread, self.lines, self.failure, self.went_well = None, [], '', None
+        self.seconds = 0.0  # that the last write took
         self.copies = Copies()
         atexit.register(self.rescue)
 
@@ -40,15 +42,21 @@ class Writer:
         except Exception as error:  # memory, of the host or of a device; and no save is worth a run
             self.thread, self.failure = None, checkpoints.failure(error, self.folder)
 
+    @property
+    def is_writing(self):
+        return self.thread is not None and self.thread.is_alive()
+
     def run(self, checkpoint, names, parameters, first):
+        begin = time.perf_counter()
         try:
             if first:
                 first()
             self.failure = checkpoints.write(checkpoint, self.folder, names, parameters, self.lines.append, threads=1)
             if not self.failure:
                 checkpoints.prune(self.folder, self.keep_last, self.lines.append)
-        except Exception as error:
+        except BaseException as error:
             self.failure = checkpoints.failure(error, self.folder)
+        self.seconds = time.perf_counter() - begin
 
     def rescue(self):
         """Where an exception ends the script, what a write had to say is said behind it."""
@@ -60,7 +68,7 @@ class Writer:
         Until the last checkpoint is written. Returns whether all since the last call were, None where there was none;
         without block also where it is not written yet.
         """
-        if not block and self.thread and self.thread.is_alive():
+        if not block and self.is_writing:
             return None
         self.finish()
         went_well, self.went_well = self.went_well, None
