@@ -49,7 +49,7 @@ tensorboard = True          # to runs/
 wandb_log = False           # to Weights & Biases
 wandb_project = 'flatgpt'   # the project there
 wandb_run_name = ''         # '' = the name of out_dir
-wandb_checkpoints = 'best'  # none, best or all: what W&B gets of the checkpoints at the end of a run; all: ckpt.pt too
+wandb_checkpoints = 'best'  # none, best or all: what W&B gets at the end of a run, best.pt or ckpt.pt too
 # data
 dataset = 'python_docs'     # not empty: a folder in data/, see prepare.py; or several in fixed shares: a:0.7,b:0.3
 batch_mode = 'windows'      # windows, packed or padded: rows of text, of whole documents, of pairs (loss on responses)
@@ -325,7 +325,7 @@ if not trains:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training: steps are numbered by the updates made so far, so step 0 is the untrained model and max_iters the last. What
-# is due at a step, and why a run ends, is decided in kit/run/due.py
+# is due at a step, and why a run ends, is decided in kit/run/due.py, which is told of the clock, of saves and signals
 
 starts.begin(config, raw_model, data['train'], tokens_per_step, warmup_steps, state, is_resume, journal)
 iter_line = IterLine(raw_model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, device, dtype)

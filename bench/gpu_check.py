@@ -729,8 +729,8 @@ if wanted - known:
     fail(f'only = {only!r}: {min(wanted - known)!r} is no section; there are {", ".join(sorted(known))}')
 if json and not Path(json).absolute().parent.is_dir():
     fail(f'json = {json!r}: there is no such folder')
-if not cpu and not torch.cuda.is_available():
-    fail('there is no CUDA GPU here, or torch cannot use it; --cpu tries this script without one')
+if not cpu and (fault := devices.cuda_fault(0)):
+    fail(f'{fault}; --cpu tries this script without a GPU')
 device = devices.choose_device('cpu' if cpu else 'cuda')
 TEMPORARY = tempfile.TemporaryDirectory(prefix='gpu_check_')
 WORK = Path(TEMPORARY.name)  # where all is written
@@ -748,6 +748,8 @@ POOL.shutdown()
 TEMPORARY.cleanup()
 
 bad, late = ([f'{row["section"]}: {row["what"]}' for row in ROWS if row['verdict'] == kind] for kind in ('FAIL', LEFT))
+if cpu:
+    print('\nall this says nothing of a GPU')
 print(f'\n{len(ROWS)} rows in {time.perf_counter() - BEGIN:.0f} s, {len(bad)} FAIL', *bad, sep='\n  ')
 if late:
     print('there was no time for', *late, sep='\n  ')

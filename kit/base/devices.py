@@ -85,6 +85,8 @@ def choose_device(name, local_rank=0, world_size=1):
              'cuda': 0 if fault == NO_GPU else torch.cuda.device_count()}
     if not 0 <= (device.index or 0) < count[device.type]:  # torch makes -24 of cuda:1000
         here = ', '.join(f'{n} {kind}' for kind, n in count.items() if n)
+        if device.type == 'cuda' and not torch.backends.cuda.is_built():
+            here += f'; this torch, {torch.__version__}, is built without CUDA, {BUILDS} has others'
         fail(f'device = {name!r}: it is not on this machine (here: {here}); --device=auto takes what there is')
     if device.type == 'cuda':
         torch.cuda.set_device(device)

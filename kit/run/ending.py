@@ -21,7 +21,7 @@ def finish(due, s, model, data, meta, journal, device, dtype):
     """
     step, out_dir = due.state.step, s['out_dir']
     if due.end in signals.STOP:
-        show_how_to_go_on(due.end, step, out_dir)
+        show_how_to_go_on(due.end, step, out_dir, s['compile'])
         return signals.status(due.end)
     signals.obey()
     journal.show('checkpoints', out_dir)  # not where a signal came: who sends it waits for some seconds only
@@ -60,9 +60,10 @@ def show_why(due, out_dir, model):
               'others')
 
 
-def show_how_to_go_on(signal, step, out_dir):
-    """What a run says that a signal has stopped."""
+def show_how_to_go_on(signal, step, out_dir, compile):
+    """What a run says that a signal has stopped. compile: as it was asked for, which a resume does not take over."""
     where = '' if out_dir == 'checkpoints' else f' --out_dir={shlex.quote(out_dir)}'
+    where += '' if compile is None else f' --compile={compile}'
     saved = checkpoints.peek(Path(out_dir) / 'ckpt.pt').get('iter_num', 0)
     if saved:
         print(f'{signal}: stopped after {step} steps; this goes on '

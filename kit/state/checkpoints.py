@@ -124,6 +124,8 @@ def report(failure, stop_on_error):
 def why(error, folder):
     """An error of a save in words; torch's own do not say that the disk is full."""
     words = next(iter(str(error).splitlines()), type(error).__name__)
+    if 'unexpected pos' in words:
+        words = 'it could not be written to its end: a full disk, a quota, or a limit on the size of a file'
     with suppress(OSError):
         if (free := shutil.disk_usage(folder).free) < 2**30:
             words += f'; {free / 2**20:.1f} MiB are free there'
