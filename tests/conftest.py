@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# before torch is imported: models this small gain nothing from more threads, and those of two workers starve each other
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -37,7 +40,6 @@ class Result:
 
 @pytest.fixture(scope='session')
 def zygote():
-    # one thread: models this small gain nothing from more, and threads that wait for each other starve a busy machine
     process = subprocess.Popen([sys.executable, str(ROOT / 'tests' / 'zygote.py')], text=True, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, env=os.environ | {'OMP_NUM_THREADS': '1'})
     yield process
