@@ -9,12 +9,13 @@ $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --m
 """
 
 import sys
+from itertools import islice
 
 import torch
 
 from kit.base import devices, files, overrides
 from kit.base.errors import explained
-from kit.data import tokens
+from kit.data import prompts, tokens
 from kit.state import checkpoints, pretrained
 from model import GPT, GPTConfig
 
@@ -36,17 +37,13 @@ stop = ''                   # end where this text appears
 seed = 1337                 # 0 <= x < 2**63: another seed, another text
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16 or float16
-compile = False             # torch.compile: takes half a minute, pays in long texts
+compile = None              # torch.compile: True, False, None = where it pays, in very long texts
 
 config = overrides.apply(globals(), [
     'not checkpoint or init_from == "resume"  # --checkpoint names what to sample from already; leave --init_from out',
     'init_from != "scratch"  # an untrained model has nothing to say; resume takes a checkpoint',
 ])
-if start.startswith('FILE:'):
-    with explained(f'start = {start!r}: the file cannot be read', 'a prompt is text in UTF-8'):
-        start = tokens.read_prompt(start[5:])
-    if not start:
-        overrides.fail(f'start = {config["start"]!r}: the file is empty, and a prompt needs at least one character')
+start = prompts.read(start) if 'start' in overrides.given else None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model and tokenizer
@@ -58,16 +55,17 @@ if init_from == 'resume':
     loaded = {path: checkpoints.load(path) for path in paths}
 else:
     loaded = {init_from: pretrained.load(init_from, needs_tokenizer=True)}
-models = []
-for path, saved in loaded.items():
+models = [GPT(checkpoints.config_of(saved, GPTConfig, path)) for path, saved in loaded.items()]
+seconds = max_new_tokens * sum(model.config.n_layer for model in models) / 1000  # about: 1 ms for each layer of a token
+compile, reason = devices.choose_compile(compile, device, seconds)
+print(f'compile: {compile} ({reason})')
+for model, (path, saved) in zip(models, loaded.items()):
     if init_from == 'resume':
         print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
-    model = GPT(checkpoints.config_of(saved, GPTConfig, path))
     checkpoints.fill(model, checkpoints.weights(saved, weights), path)
     model.eval().to(device)
     if compile:
-        model.hidden = torch.compile(model.hidden, dynamic=True)  # one graph, however many tokens lie in the cache
-    models.append(model)
+        model.decode = torch.compile(model.decode, mode='reduce-overhead')  # on CUDA one CUDA graph a token
 
 # nanoGPT's checkpoints do not hold their tokenizer, but they name the dataset
 dataset = saved.get('config', {}).get('dataset', '')
@@ -88,33 +86,11 @@ with explained(f'the files of the tokenizer {meta["tokenizer"].get("name", "")} 
 # ---------------------------------------------------------------------------------------------------------------------
 # prompt
 
-end = meta.get('end_of_text')
-if separator and end is None:
-    overrides.fail(f'separator = {separator!r}: {path} knows no end of a document, its text was a single one')
-separator = separator or meta.get('separator', '')
-if 'start' not in overrides.given:
-    prompt = tokens.beginning(text, meta)
-    if tokens.decode(text, prompt) != start and prompt != [end]:
-        start = tokens.decode(text, prompt)
-        print(f'start: {start!r}, since this model knows no line break')
-else:
-    if tokens.END in start and tokens.END != separator:
-        remedy = '' if end is None else f"; --separator='{tokens.END}' makes it the end of a document"
-        print(f'start: {tokens.END} stands there as plain text{remedy}')
-    try:
-        prompt = tokens.encode_prompt(text, start, separator, end)
-    except ValueError as error:
-        overrides.fail(f'start: {error}')
-if not prompt:
-    overrides.fail(f'start = {start!r}: nothing in it is a token of this model')
-if max(prompt) >= meta['vocab_size']:
-    overrides.fail(f'start: {path} knows {meta["vocab_size"]:,} ids, and the prompt holds the id {max(prompt)}')
+prompt, start = prompts.encode(start, text, meta, separator, path)
 if not all(model.config.causal for model in models):
     overrides.fail(f'{path}: this model was trained to fill masks (objective = mlm), it cannot write')
-if prompt == [end]:
-    start = ''
-elif saved.get('config', {}).get('batch_mode') == 'padded':  # behind end_of_text comes the response, up to the next
-    prompt, start, stop = [*prompt, end], f'{start}\n', stop or tokens.END
+if start and saved.get('config', {}).get('batch_mode') == 'padded':  # behind end_of_text comes the response
+    prompt, start, stop = [*prompt, meta['end_of_text']], f'{start}\n', stop or tokens.END
 block_size = min(model.config.block_size for model in models)
 if len(prompt) > block_size:
     print(f'start: it has {len(prompt):,} tokens, and the model sees the last {block_size:,}')
@@ -134,24 +110,18 @@ def written(row):
     return start + (new.split(stop, 1)[0] if stop else new)
 
 
-def next_ids():
-    """The next id of each row; where the model has none to give the script ends, with status 1."""
-    try:
-        return next(ids)[:, 0].tolist()
-    except FloatingPointError as error:
-        print(f'sample.py: {", ".join(loaded)}: {error}, as where a training diverged; take an earlier --checkpoint, '
-              'or train it with a lower --learning_rate', file=sys.stderr)
-        raise SystemExit(1) from None
-
-
 shown = 0
-with devices.autocast(device, dtype):
+with torch.inference_mode(), devices.autocast(device, dtype):  # nothing is trained behind it
     ids = models[0].stream(torch.tensor(rows, device=device), temperature, top_k, top_p, text.size, models[1:],
-                           text.gaps)
-    for _ in range(max_new_tokens):
-        for i, new in enumerate(next_ids()):
+                           text.gaps, is_static=compile)
+    for new in devices.fetched(islice(ids, max_new_tokens)):
+        if (new < 0).any():
+            print(f'sample.py: {", ".join(loaded)}: the logits of this model are not finite, as where a training '
+                  'diverged; take an earlier --checkpoint, or train it with a lower --learning_rate', file=sys.stderr)
+            raise SystemExit(1)
+        for i, token in enumerate(new[:, 0].tolist()):
             if not is_done[i]:
-                rows[i].append(new)
+                rows[i].append(token)
                 is_done[i] = bool(stop) and stop in tokens.decode(text, rows[i][len(prompt):][-tail:])
         if all(is_done):
             break

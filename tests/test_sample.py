@@ -1,12 +1,16 @@
 """sample.py on a model that has learnt one sentence by heart, so that what it writes is known."""
 
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import hooked_script
 
-from kit.base import files
+from kit.base import devices, files
 from kit.data import tokens
+from kit.watch import evaluation
 from model import GPT, GPTConfig
 
 SENTENCE = 'the quick brown fox jumps over the lazy dog; '
@@ -31,8 +35,8 @@ def fox(zygote, tmp_path_factory):
 
 @pytest.fixture
 def sample(run, fox):
-    def launch(*args, cwd=fox):
-        result = run('sample.py', '--device=cpu', *args, cwd=cwd)
+    def launch(*args, script='sample.py', cwd=fox):
+        result = run(script, '--device=cpu', *args, cwd=cwd)
         assert result.status == 0, result.err
         return result.out
     return launch
@@ -49,10 +53,19 @@ def test_several_as_one_batch(sample):
     assert out.count('the lazy dog') >= 3 and out.count('---------------') == 3
 
 
-def test_stop(sample):
+def test_stop(sample, fox):
+    """Where a device is given the next token before the host has read one, too: what came too much is not shown."""
+    ahead = hooked_script(fox, '''
+from kit.base import devices
+def fetch(tensor):
+    copy = tensor.clone()
+    return lambda: copy
+devices.runs_ahead, devices.fetch = lambda device: True, fetch
+''', 'sample.py')
     for samples in 1, 2:
-        out = sample('--start=the quick', '--temperature=0', '--stop=over', f'--num_samples={samples}')
-        assert out.count('the quick brown fox jumps \n') == samples
+        args = '--start=the quick', '--temperature=0', '--stop=over', f'--num_samples={samples}'
+        assert sample(*args).count('the quick brown fox jumps \n') == samples
+        assert sample(*args, script=ahead).count('the quick brown fox jumps \n') == samples
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
@@ -181,6 +194,70 @@ def test_ids_without_a_token_are_not_drawn():
         ids = model.generate(torch.zeros(64, 1, dtype=torch.long), 5, n_ids=9, gaps=gaps, **options)
         assert not set(ids[:, 1:].ravel().tolist()) & {*gaps, 9}
     assert set(model.generate(torch.zeros(64, 1, dtype=torch.long), 5, 50.0)[:, 1:].ravel().tolist()) == {*range(10)}
+    for size in 7, 20:  # of two models what both know
+        other = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=size))
+        stream = model.stream(torch.zeros(64, 1, dtype=torch.long), 50.0, others=[other], gaps=[2])
+        assert set(torch.cat([next(stream) for _ in range(12)]).ravel().tolist()) == {*range(min(size, 10))} - {2}
+
+
+def test_answers_are_those_of_each_prompt_alone():
+    """However many are answered side by side, by one model or two; up to the end of a document, which 0 is here."""
+    torch.manual_seed(12)
+    models = [GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=6)) for _ in range(2)]
+    for p in (p for model in models for p in model.parameters()):  # what a token is depends on all before it
+        torch.nn.init.normal_(p, std=0.5)
+    text, prompts = SimpleNamespace(size=5, gaps=[3]), [torch.randint(5, (n,)).tolist() for n in (3, 9, 1, 9, 5, 12, 2)]
+
+    def alone(model, ids):
+        n = len(ids)
+        while len(ids) < n + 5 and (len(ids) == n or ids[-1] != 0):
+            probs = sum(m(torch.tensor([ids]))[0][0, -1, :5].softmax(0) for m in model)
+            probs[3] = 0
+            ids = [*ids, int(probs.argmax())]
+        return [i for i in ids[n:] if i != 0]
+    for model in models[:1], models:
+        expected = [alone(model, prompt) for prompt in prompts]
+        assert {*map(len, expected)} > {5}  # some are cut, some end before
+        for batch_size in 1, 3, 7:
+            found = evaluation.answer(model, prompts, 0, text, 5, batch_size, torch.device('cpu'), 'float32')
+            assert found == expected
+    models[1].lm_head.weight.data[2] = torch.nan
+    with pytest.raises(FloatingPointError, match='not finite'):
+        evaluation.answer(models, prompts, 0, text, 5, 3, torch.device('cpu'), 'float32')
+
+
+@pytest.mark.parametrize('is_ahead, order', [
+    (False, 'make 0, read 0, make 1, read 1, make 2, read 2'),
+    (True, 'make 0, make 1, read 0, make 2, read 1, read 2')])
+def test_where_the_host_runs_ahead_it_reads_what_was_made_before(monkeypatch, is_ahead, order):
+    events = []
+
+    def make():
+        for i in range(3):
+            events.append(f'make {i}')
+            yield torch.tensor(i)
+    monkeypatch.setattr(devices, 'runs_ahead', lambda device: is_ahead)
+    monkeypatch.setattr(devices, 'fetch', lambda tensor: lambda: tensor.clone())
+    for tensor in devices.fetched(make()):
+        events.append(f'read {tensor}')
+    assert ', '.join(events) == order
+
+
+def test_the_bench(run, tmp_path):
+    result = run('bench/sampling.py', '--device=cpu', '--n_layer=1', '--n_embd=8', '--block_size=16', '--prompt=9',
+                 '--n_tokens=7', '--runs=1')
+    told = re.findall(r'(\d+) side by side: .* tokens/s; a step takes (\S+) ms, to read \d+ MB \S+\n', result.out)
+    assert [n for n, _ in told] == ['1', '10'] and all(float(step) > 0 for _, step in told), result.err
+    assert run('bench/sampling.py', '--prompt=200').status == 2  # the window would be read anew
+
+
+@pytest.mark.long
+def test_compiled_texts_are_the_eager(sample):
+    """torch.compile on the CPU takes a C++ compiler and half a minute."""
+    for args in ['--start=the', '--temperature=0'], ['--start=t', '--temperature=1', '--num_samples=2']:
+        args.append('--max_new_tokens=60')
+        eager, compiled = (sample(*args, *more).split('steps\n')[1] for more in ([], ['--compile']))
+        assert eager == compiled and len(eager) > 60
 
 
 def test_the_seed_decides(sample):

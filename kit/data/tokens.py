@@ -6,7 +6,6 @@ meta.json holds all that is needed to encode and decode, so neither needs a down
 """
 
 import base64
-import codecs
 import hashlib
 import json
 import os
@@ -179,23 +178,6 @@ def decode(tokens, ids):
     pieces = [MASK.encode() * len(list(run)) if is_beyond else tokens.decode_bytes(list(run))
               for is_beyond, run in groupby(ids, lambda i: i >= tokens.size)]
     return b''.join(pieces).decode('utf-8', errors='replace')
-
-
-def read_prompt(path):
-    """The text of a file, in UTF-8, or in UTF-16 with its mark. Raises OSError, ValueError."""
-    with open(path, 'rb') as file:
-        data = file.read()
-    is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = data.decode('utf-16' if is_utf_16 else 'utf-8-sig').replace('\r\n', '\n')
-    if '\0' in text:
-        raise ValueError('it holds null characters')
-    return text
-
-
-def encode_prompt(tokens, text, separator, end):
-    """The ids of a prompt, in which the separator, if there is one, is the end of a document. Raises ValueError."""
-    first, *others = [tokens.encode(piece) for piece in (text.split(separator) if separator else [text])]
-    return [*first, *(i for piece in others for i in (end, *piece))]
 
 
 def beginning(tokens, meta):
