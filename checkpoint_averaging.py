@@ -28,9 +28,8 @@ pattern = '*.pt'            # which files there come into question
 method = 'uniform'          # uniform, linear or greedy: equal weights, of N the newest N times, or a soup by val loss
 search = False              # try several numbers, up to all or to num_checkpoints if given; keep the best by val loss
 evaluate = True             # measure the average, best.pt and the newest on val and test
-batch_size = 16             # 1 <= x <= 100_000: rows at a time, when measuring
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps: for measuring; the averaging itself runs on the CPU
-dtype = 'auto'              # auto, float32, bfloat16 or float16
+dtype = 'auto'              # auto, float32, bfloat16 or float16: for measuring on a GPU; a CPU does it in float32
 
 overrides.apply(globals(), [
     'pattern and pattern[0] != "/" and ".." not in pattern  # it is looked for in checkpoint_dir, such as "step_*.pt"',
@@ -81,7 +80,7 @@ if evaluate:
         overrides.fail(f'{paths[steps[0]]} does not name its dataset, so nothing can be measured; --evaluate=False')
     print(f'measured on the dataset {dataset} (--evaluate=False leaves that out)')
     device = devices.choose_device(device)
-    dtype = devices.choose_dtype(dtype, device)
+    dtype = devices.choose_dtype(dtype, device, measures=True)
     data, meta = readers.open(newest['config'] | {'block_size': newest['model_args']['block_size']})
     checkpoints.check_fit(newest, meta)
     model.to(device)
@@ -90,7 +89,7 @@ if evaluate:
 def measure(weights, split='val'):
     """The loss of weights, {name: tensor}, over the whole of a split."""
     checkpoints.fill(model, weights)
-    return evaluation.figures(model, data[split], split, batch_size, 0, device, dtype)[f'{split}/loss']
+    return evaluation.figures(model, data[split], split, 0, device, dtype)[f'{split}/loss']
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@ How a GPT is trained: the algorithm alone, to be read once from top to bottom. T
 
 $ python prepare.py python_docs && python minimal.py    two minutes on two cores; it leaves minimal.pt
 
-On a CPU train.py has the same losses, bit for bit. It adds exact resume, verified checkpoints, mixed precision, several
-GPUs, dropout, a way past bad numbers, more schedules, packed documents and pairs, logs, pictures and --setting=value.
+On a CPU train.py --dtype=float32 --compile=False has the same losses with as many threads, bit for bit. It adds exact
+resume, verified checkpoints, mixed precision, several GPUs, dropout, a way past bad numbers, packed documents and more.
 """
 
 import json
@@ -49,11 +49,11 @@ def get_batch(split, starts):
 @torch.no_grad()
 def evaluate(split):
     """The mean loss of a token, in evenly spaced rows, the same each time; of a short text some come twice."""
-    n = eval_iters * batch_size
+    n, at_once = eval_iters * batch_size, max(1, 4096 // block_size)  # rows, and those side by side
     starts = np.arange(n) * ((len(data[split]) - 1) // block_size) // n * block_size  # (n,)
     total = 0.0  # a Python float is a float64: float32 would lose digits in a long sum
-    for i in range(0, n, batch_size):
-        x, y = get_batch(split, starts[i:i + batch_size])
+    for i in range(0, n, at_once):
+        x, y = get_batch(split, starts[i:i + at_once])
         total += (model(x, y)[1] * y.numel()).item()
     return total / (n * block_size)
 

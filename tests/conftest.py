@@ -145,10 +145,10 @@ def hooked(run, tiny):
     return launch
 
 
-def hooked_script(folder, code):
-    """train.py with some code before it, as a script."""
+def hooked_script(folder, code, name='train.py'):
+    """train.py, or another script, with some code before it, as a script."""
     script = folder / 'hooked.py'
-    script.write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); __file__ = {str(ROOT / "train.py")!r}\n'
+    script.write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); __file__ = {str(ROOT / name)!r}\n'
                       f'{code}\nexec(compile(open(__file__).read(), __file__, "exec"))\n')
     return script
 

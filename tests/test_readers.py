@@ -436,13 +436,14 @@ def test_packed_rows_are_what_their_documents_say(block_size):
 
 
 @pytest.mark.parametrize('causal', [True, False])
-def test_packed_loss_is_that_of_each_document_alone(small, causal):
+def test_packed_loss_is_that_of_each_document_alone(small, monkeypatch, causal):
+    monkeypatch.setattr(evaluation, 'rows_at_once', lambda model, device: 4)
     docs = [doc[:length - 1] + [EOT] for doc, length in zip(documents(90, 1, 400), [8, 24, 16, 16, 32, 8] * 15)
             if len(doc) >= length]
     packed = readers.Packed(np.array(sum(docs, []), np.uint16), 32, EOT, True)
     assert packed.n_numbers > 5 and packed.cropped == 0  # these lengths need no cut
     model = small(causal=causal)
-    loss, _ = evaluation.measure(model, readers.Rows(['docs'], [packed], [1.0]), 4, 0, CPU, 'float32')
+    loss, _ = evaluation.measure(model, readers.Rows(['docs'], [packed], [1.0]), 0, CPU, 'float32')
     alone = []
     with torch.no_grad():
         for doc in docs:
@@ -451,7 +452,7 @@ def test_packed_loss_is_that_of_each_document_alone(small, causal):
     assert loss == pytest.approx(sum(alone) / sum(map(len, docs)), abs=1e-5)
     if causal:  # without the wall between them it is another loss
         packed.is_apart = False
-        other, _ = evaluation.measure(model, readers.Rows(['docs'], [packed], [1.0]), 4, 0, CPU, 'float32')
+        other, _ = evaluation.measure(model, readers.Rows(['docs'], [packed], [1.0]), 0, CPU, 'float32')
         assert abs(other - loss) > 1e-4
 
 
@@ -492,10 +493,11 @@ def test_padded_rows_are_as_wide_as_the_longest_and_learn_the_response_alone():
     assert reader.count(some) == (y >= 0).sum() == len(np.concatenate([ids[rows[i][1]:rows[i][2]] for i in some]))
 
 
-def test_padded_loss_is_that_of_each_row_alone(small):
+def test_padded_loss_is_that_of_each_row_alone(small, monkeypatch):
+    monkeypatch.setattr(evaluation, 'rows_at_once', lambda model, device: 7)
     reader, ids, rows = padded()
     model = small(block_size=64)
-    loss, accuracy = evaluation.measure(model, readers.Rows(['pairs'], [reader], [1.0]), 7, 0, CPU, 'float32')
+    loss, accuracy = evaluation.measure(model, readers.Rows(['pairs'], [reader], [1.0]), 0, CPU, 'float32')
     total = right = count = 0
     with torch.no_grad():
         for start, target, end in rows:
@@ -538,7 +540,7 @@ def test_rows_of_a_step_have_about_the_same_length():
 
 @pytest.mark.parametrize('mixture', [False, True])
 @pytest.mark.parametrize('mask_prob', [0.0, 0.3])
-def test_wider_rows_are_the_same_rows(small, mixture, mask_prob):
+def test_wider_rows_are_the_same_rows(small, monkeypatch, mixture, mask_prob):
     """Up to the next multiple: the same tokens, targets and hidden places, behind them end_of_text; the same losses."""
     def data(multiple):
         parts = [padded(seed=seed, multiple=multiple)[0] for seed in range(1 + mixture)]
@@ -565,7 +567,8 @@ def test_wider_rows_are_the_same_rows(small, mixture, mask_prob):
         widths |= {wide_x.shape[1]}
     assert len(widths) > 1
     if not mask_prob:
-        measured = [evaluation.measure(model, rows.parts['a'], 7, 0, CPU, 'float32') for rows in (exact, wide)]
+        monkeypatch.setattr(evaluation, 'rows_at_once', lambda model, device: 7)
+        measured = [evaluation.measure(model, rows.parts['a'], 0, CPU, 'float32') for rows in (exact, wide)]
         assert measured[1] == pytest.approx(measured[0], rel=1e-6)
 
 

@@ -105,7 +105,7 @@ def test_attention_is_that_of_the_model(model):
 def test_token_losses_have_the_mean_that_training_sees(model):
     data = np.random.default_rng(0).integers(27, size=500).astype(np.uint16)
     x, y, _ = fetch(readers.Windows(data, 16), np.arange(7) * 40)
-    found = evaluation.token_losses(model, x, y, None, 3, torch.device('cpu'), 'float32')
+    found = evaluation.token_losses(model, x, y, None, torch.device('cpu'), 'float32')
     loss = model(torch.from_numpy(x.astype(np.int64)), torch.from_numpy(y.astype(np.int64)))[1].item()
     assert found.shape == (7, 16) and found.mean() == pytest.approx(loss, rel=1e-5)
 

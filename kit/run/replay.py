@@ -35,7 +35,7 @@ def run(update, get_lr, s, state, past, model, data, meta, device, dtype):
             state.rewinds = max(state.rewinds, int(rewinds))  # so often the run had gone back by then
         if step == last:
             rows, noise, _ = data.of_step(rows_per_step, s['seed'], step, s['sampling'], state.rewinds)
-            show_rows(model, data, rows, noise, meta, s['batch_size'], device, dtype)
+            show_rows(model, data, rows, noise, meta, device, dtype)
             weights = gradients.sample(model)
         figures, norms = update(step, lr if math.isfinite(lr) else get_lr(step))  # as it was, whatever had made it so
         if step == state.step:
@@ -76,13 +76,13 @@ def find_past(out_dir, step):
     return 'scratch' if begin in (None, 'auto', 'resume') else begin, None, {}, settings, history
 
 
-def show_rows(model, data, rows, noise, meta, batch_size, device, dtype):
+def show_rows(model, data, rows, noise, meta, device, dtype):
     """
     The rows of a step as text: the costliest first, their costliest targets in [[ ]]. data: the Rows of train; rows,
     noise: what they draw for the step.
     """
     x, y, documents = data.fetch(rows, noise)
-    losses = evaluation.token_losses(model, x, y, documents, batch_size, device, dtype)  # (n, T), 0 where none counts
+    losses = evaluation.token_losses(model, x, y, documents, device, dtype)  # (n, T), 0 where none counts
     means = losses.sum(axis=1) / (y >= 0).sum(axis=1)
     order = means.argsort()[::-1]
     shift = 0 if data.is_mlm else 1  # a target stands behind its input, or in its place
@@ -135,5 +135,5 @@ def show_step(past, step, figures, is_exact, first_off):
         is_known = math.isfinite(first_off) and not is_exact
         rounding = f'; or rounding, which grows: its first step here was {first_off:.2g} off' if is_known else ''
         print(f'WARNING: the loss is not the logged one, it differs by {abs(logged[0] - figures["loss"]):.2g}: another '
-              'text by that name, device, --compile, number of processes or threads, or weights that have changed '
+              'text by that name, device, number of processes, version of this code, or weights that have changed '
               f'where the run began{rounding}')

@@ -14,7 +14,7 @@ from kit.state import checkpoints, folders, provenance
 from kit.watch.journal import check_wandb
 
 
-def find(config, trains, GPTConfig):
+def find(config, trains, GPTConfig, device):
     """
     What the settings name as the start, with the settings that it brings along taken over.
 
@@ -24,9 +24,9 @@ def find(config, trains, GPTConfig):
     the new config init_from says how the run began, also where this launch goes on with it.
     """
     if config['test']:
-        config, saved, is_resume, past = find_tested(config, GPTConfig)
+        config, saved, is_resume, past = find_tested(config, GPTConfig, device)
     else:
-        config, saved, is_resume, past = find_start(config, trains, GPTConfig)
+        config, saved, is_resume, past = find_start(config, trains, GPTConfig, device)
     if config['objective'] == 'mlm' and not config['mask_prob']:
         config['mask_prob'] = 0.15  # as BERT's
     if config['find_lr'] or past and past.series.get('lr'):
@@ -34,7 +34,7 @@ def find(config, trains, GPTConfig):
     return config, saved, is_resume, past
 
 
-def find_start(config, trains, GPTConfig):
+def find_start(config, trains, GPTConfig, device):
     """find, where a run begins or goes on."""
     out_dir, init_from, weights, saved, past = config['out_dir'], config['init_from'], config['weights'], {}, None
     path, shape = init_from, shaping(config, GPTConfig)
@@ -72,10 +72,10 @@ def find_start(config, trains, GPTConfig):
     if saved:
         checkpoints.config_of(saved, GPTConfig, path)
     if past is not None:
-        config = adopt_from(made_with, saved.get('model_args'), config, GPTConfig, shape)
+        config = adopt_from(made_with, saved.get('model_args'), config, GPTConfig, shape, device)
     elif saved:
         fixed = [name for name in shape if is_resume or name not in GPTConfig.RESIZABLE]
-        config = adopt_from(saved.get('config'), saved['model_args'], config, GPTConfig, fixed)
+        config = adopt_from(saved.get('config'), saved['model_args'], config, GPTConfig, fixed, device)
     if is_resume and config['max_minutes'] and saved.get('fitted_minutes') == config['max_minutes']:
         config['max_iters'] = saved.get('config', config)['max_iters']  # whatever is given here
     if trains and config['wandb_log']:
@@ -88,7 +88,7 @@ def shaping(config, GPTConfig):
     return [f.name for f in fields(GPTConfig) if f.name in config and f.name not in GPTConfig.FREE]
 
 
-def find_tested(config, GPTConfig):
+def find_tested(config, GPTConfig, device):
     """find, where checkpoints are measured: the dataset and sizes of the first are taken over."""
     paths = files.paths(config['checkpoint']) or [str(checkpoints.best(config['out_dir']))]
     tested = {path: checkpoints.load(path) for path in paths}
@@ -98,10 +98,11 @@ def find_tested(config, GPTConfig):
     if len({saved.get('config', {}).get('objective', 'causal') for saved in tested.values()}) > 1:
         overrides.fail('checkpoint: some of these write and others fill masks (objective); test them one by one')
     first = next(iter(tested.values()))
-    return adopt_from(first.get('config'), first['model_args'], config, GPTConfig, shape), tested, False, None
+    config = adopt_from(first.get('config'), first['model_args'], config, GPTConfig, shape, device)
+    return config, tested, False, None
 
 
-def adopt_from(made_with, model_args, config, GPTConfig, fixed):
+def adopt_from(made_with, model_args, config, GPTConfig, fixed, device):
     """
     The settings that weights were made with, None where they name none, and those of their model taken over, see
     overrides.adopt. They go on as they were made: a setting that is younger than they are is what the code then did.
@@ -109,6 +110,8 @@ def adopt_from(made_with, model_args, config, GPTConfig, fixed):
     made_with = made_with or {}
     model_args = model_args or {f.name: f.default for f in fields(GPTConfig) if f.name not in made_with}
     found = made_with | {name: model_args[name] for name in shaping(config, GPTConfig) if name in model_args}
+    if made_with:
+        found |= earlier.resolved(made_with, device)
     if {'max_iters', 'max_minutes'} & overrides.given:
         found.pop('max_epochs', None)  # it would outdo them
     config = overrides.adopt(config, found, fixed)

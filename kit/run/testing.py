@@ -15,7 +15,7 @@ def measure(tested, GPT, GPTConfig, which, settings, data, meta, device, dtype):
     them are followed by their ensemble. which: of a checkpoint's weights; data: what readers.open gives for the
     settings.
     """
-    models, batch_size = {}, settings['batch_size']
+    models = {}
     for path, saved in tested.items():
         checkpoints.check_fit(saved, meta)
         models[path] = GPT(checkpoints.config_of(saved, GPTConfig, path)).to(device)
@@ -34,7 +34,7 @@ def measure(tested, GPT, GPTConfig, which, settings, data, meta, device, dtype):
             data, _ = readers.open(settings | {'block_size': model.config.block_size})
         for dataset, rows in data[split].parts.items():
             targets = rows.readers[0].targets()
-            loss, accuracy = evaluation.measure(model, rows, batch_size, 0, device, dtype)
+            loss, accuracy = evaluation.measure(model, rows, 0, device, dtype)
             perplexity = math.exp(loss) if loss < 700 else math.inf
             bytes_per_token = None if rows.is_mlm else tokens.bytes_per_token(meta, targets)
             bits = f'{loss / math.log(2) / bytes_per_token:.4f}' if bytes_per_token else 'unknown'
@@ -44,16 +44,17 @@ def measure(tested, GPT, GPTConfig, which, settings, data, meta, device, dtype):
                   f'{bits} ({size}): {name}')
             if isinstance(rows.readers[0], readers.Padded):
                 try:
-                    measure_answers(name, model, rows.readers[0], meta, batch_size, device, dtype)
+                    measure_answers(name, model, rows.readers[0], meta, device, dtype)
                 except FloatingPointError as error:  # of a run that has diverged
                     print(f'no answers: {error}: {name}')
 
 
-def measure_answers(name, model, reader, meta, batch_size, device, dtype):
+def measure_answers(name, model, reader, meta, device, dtype):
     """Let a model, or an ensemble, answer prompts of a split, and compare with the responses: BLEU and exact match."""
     text = tokens.tokenizer(meta['tokenizer'])
     numbers, _ = reader.evenly(DECODED)
-    answers, references = samples.answers(model, reader, numbers, text, batch_size, device, dtype)
+    at_once = evaluation.rows_at_once(model, device)
+    answers, references = samples.answers(model, reader, numbers, text, at_once, device, dtype)
     exact = sum(a == b for a, b in zip(answers, references)) / len(numbers)
     found = evaluation.bleu(answers, references)
     score = f'BLEU {found[0]:.2f} ({found[1]})' if found else 'BLEU unknown (it takes sacrebleu: pip install sacrebleu)'

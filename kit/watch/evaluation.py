@@ -2,12 +2,18 @@
 
 import math
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from kit.base import devices, ranks
+
+# tokens that are evaluated side by side, where memory allows. On a CPU, with 128 channels and with 384, one thread
+# takes as long for each from 768 of them to 8,192, and a third longer at 32,768, which leave its caches; two threads
+# wait for each other less often where there are more. On a GPU: an estimate, not measured yet
+AT_ONCE_ON_A_CPU, AT_ONCE_ON_A_GPU = 2**12, 2**15
 
 
 class Ensemble(torch.nn.Module):
@@ -41,12 +47,12 @@ def evaluating(model):
         model.train(was_training)
 
 
-def figures(model, rows, split, batch_size, n, device, dtype):
+def figures(model, rows, split, n, device, dtype):
     """
     {'val/loss', 'val/accuracy'} of the rows of a split, see measure; of a mixture the mean by its shares, and
     'val/loss/NAME' of each of its datasets.
     """
-    found = {name: measure(model, part, batch_size, n and max(1, round(n * share)), device, dtype)
+    found = {name: measure(model, part, n and max(1, round(n * share)), device, dtype)
              for (name, part), share in zip(rows.parts.items(), rows.shares)}
     means = [sum(share * value for share, value in zip(rows.shares, values)) for values in zip(*found.values())]
     each = {f'{split}/loss/{name}': loss for name, (loss, _) in found.items()} if len(found) > 1 else {}
@@ -62,44 +68,78 @@ def line(step, figures, kind=None):
     return told + ''.join(f', {name} {loss:.4f}' for name, loss in figures.items() if name.startswith('val/loss/'))
 
 
+def rows_at_once(model, device):
+    """
+    How many rows are evaluated side by side. This goes by the model and the machine, never by batch_size, so that the
+    same weights, split and rows have the same loss in each script. A logit takes up to 10 bytes: in bfloat16, in
+    float32, and as a log-probability; together they have a sixteenth of the memory.
+    """
+    most = AT_ONCE_ON_A_CPU if device.type == 'cpu' else AT_ONCE_ON_A_GPU
+    n_tokens = min(most, devices.total_memory(device) / 16 / (10 * model.config.vocab_size))
+    return max(1, int(n_tokens / model.config.block_size))
+
+
+def in_batches(places, model, device):
+    """
+    Parts of the places (n,) of rows, and how many in each count: for a compiled model, which is to see one shape, the
+    last is repeated until its part is full.
+    """
+    most, is_compiled = rows_at_once(model, device), getattr(model, '_compiled_call_impl', None) is not None
+    for i in range(0, len(places), most):
+        here = places[i:i + most]
+        yield np.pad(here, (0, most - len(here) if is_compiled else 0), mode='edge'), len(here)
+
+
+def forward(model, x, y, documents, device, dtype):
+    """(logits, loss) without dropout, in the format for measures. dtype: of the training."""
+    with evaluating(model), devices.autocast(device, devices.measuring_dtype(dtype, device)):
+        return model(x, y, documents)
+
+
 @torch.no_grad()
-def measure(model, rows, batch_size, n, device, dtype):
+def warm_up(model, x, y, documents, device, dtype):
+    """Let a compiled model make its graph for evaluations, with these rows (B, T): as many of them as those take."""
+    here = torch.arange(rows_at_once(model, device), device=x.device) % len(x)
+    forward(model, *(a if a is None else a[here] for a in (x, y, documents)), device, dtype)
+
+
+@torch.no_grad()
+def measure(model, rows, n, device, dtype):
     """
     (mean loss in nats, accuracy of the likeliest token), each over all targets of n evenly spaced rows of one dataset,
     the same each time; n = 0: of all rows. The ranks share the work. No random number is drawn but those that mask
-    tokens where they are the targets, and these are the same each time too. Every batch has batch_size rows, so that a
-    compiled model sees one shape: those that fill up the last one count nothing.
+    tokens where they are the targets, and these are the same each time too. On a CPU all is float32, whatever dtype is.
     """
     numbers, skip = rows.readers[0].evenly(n)
     noise = rows.noise(len(numbers), 0) if rows.is_mlm else None
-    fill = -len(numbers) % (batch_size * ranks.world_size)
-    order = np.pad(np.arange(len(numbers)), (0, fill), mode='edge')
+    mine = np.arange(ranks.rank, len(numbers), ranks.world_size)
     sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
-    with evaluating(model):
-        for i in range(ranks.rank * batch_size, len(numbers), ranks.world_size * batch_size):
-            here = order[i:i + batch_size]
-            x, y, documents = rows.fetch(numbers[here], None if noise is None else noise[here])
-            counts_not = np.arange(y.shape[1]) < skip[here, None]
-            counts_not[max(0, len(numbers) - i):] = True
-            x, y, documents = (devices.send(a, device) for a in (x, np.where(counts_not, np.int64(-1), y), documents))
-            with devices.autocast(device, dtype):
-                logits, loss = model(x, y, documents)
-            count = (y >= 0).sum()
-            total = torch.where(count > 0, loss * count, 0)  # where all targets are counted elsewhere there is no mean
-            sums += torch.stack([total, (logits.argmax(dim=-1) == y).sum(), count]).to(sums.dtype)
+    for here, n_here in in_batches(mine, model, device):
+        x, y, documents = rows.fetch(numbers[here], None if noise is None else noise[here])
+        counts_not = np.arange(y.shape[1]) < skip[here, None]
+        counts_not[n_here:] = True
+        batch = (devices.send(a, device) for a in (x, np.where(counts_not, np.int64(-1), y), documents))
+        sums += batch_sums(model, *batch, device, dtype)
     loss, right, count = ranks.total(sums).tolist()
     return loss / count, right / count
 
 
+def batch_sums(model, x, y, documents, device, dtype):
+    """Of a batch, on the device, (3,): its loss, its right tokens, its targets. Its logits are gone behind it."""
+    logits, loss = forward(model, x, y, documents, device, dtype)
+    count = (y >= 0).sum()
+    total = torch.where(count > 0, loss * count, 0)  # where all targets are counted elsewhere there is no mean
+    return torch.stack([total, (logits.argmax(dim=-1) == y).sum(), count])
+
+
 @torch.no_grad()
-def token_losses(model, x, y, documents, batch_size, device, dtype):
+def token_losses(model, x, y, documents, device, dtype):
     """The loss of every target y (n, T) of x, without dropout: (n, T) float32, in nats; 0 where nothing counts."""
     losses = []
-    for i in range(0, len(x), batch_size):
-        here = [devices.send(a if a is None else a[i:i + batch_size], device) for a in (x, y, documents)]
-        with evaluating(model), devices.autocast(device, dtype):
-            logits, _ = model(*here)
-        losses.append(F.cross_entropy(logits.float().transpose(1, 2), here[1], ignore_index=-1, reduction='none').cpu())
+    for here, n_here in in_batches(np.arange(len(x)), model, device):
+        batch = [devices.send(a if a is None else a[here], device) for a in (x, y, documents)]
+        logits = forward(model, *batch, device, dtype)[0].float().transpose(1, 2)
+        losses.append(F.cross_entropy(logits, batch[1], ignore_index=-1, reduction='none')[:n_here].cpu())
     return torch.cat(losses).numpy()
 
 
@@ -107,26 +147,28 @@ def token_losses(model, x, y, documents, batch_size, device, dtype):
 def answer(models, prompts, end_of_text, text, longest, batch_size, device, dtype):
     """
     What models (one, or an ensemble) write after prompts, lists of ids: always the likeliest token, up to end_of_text
-    or `longest` tokens. text: a tokenizer. Returns lists of ids without end_of_text. Prompts of one length are answered
-    side by side. Raises FloatingPointError, see GPT.stream.
+    or `longest` tokens. text: a tokenizer. Returns lists of ids without end_of_text. batch_size prompts are answered
+    side by side, the shortest first. Raises FloatingPointError where the logits are not finite.
     """
-    answers, by_length = {}, {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(i)
+    answers, order = {}, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
         stack.enter_context(devices.autocast(device, dtype))
-        for same in by_length.values():
-            for here in (same[i:i + batch_size] for i in range(0, len(same), batch_size)):
-                ids = models[0].stream(torch.tensor([prompts[i] for i in here], device=device), temperature=0,
-                                       n_ids=text.size, others=models[1:], gaps=text.gaps)
-                rows, is_over = [], torch.zeros(len(here), dtype=torch.bool, device=device)
-                while len(rows) < longest and not is_over.all():
-                    rows.append(next(ids)[:, 0])
-                    is_over |= rows[-1] == end_of_text
-                for i, row in zip(here, torch.stack(rows, dim=1).tolist()):
-                    answers[i] = row[:row.index(end_of_text)] if end_of_text in row else row
+        for here in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+            width = len(prompts[here[-1]])
+            idx = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in here], device=device)
+            ids = models[0].stream(idx, temperature=0, n_ids=text.size, others=models[1:], gaps=text.gaps)
+            rows, is_over = [], torch.zeros(len(here), dtype=torch.bool)
+            for new in devices.fetched(islice(ids, longest)):
+                rows.append(new[:, 0])
+                is_over |= rows[-1] == end_of_text
+                if is_over.all():
+                    break
+            rows = torch.stack(rows, dim=1).tolist()
+            if any(-1 in row for row in rows):
+                raise FloatingPointError('the logits of this model are not finite')
+            answers |= {i: row[:row.index(end_of_text)] if end_of_text in row else row for i, row in zip(here, rows)}
     return [answers[i] for i in range(len(prompts))]
 
 
