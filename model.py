@@ -25,6 +25,7 @@ if torch.cuda.is_available():
 # cache has grown; and its backward pass gave NaN where a mask comes with rows of 64 or 192 tokens
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+WRITTEN_OUT_TO = 256  # tokens in a row: attention in bfloat16 on a CPU, see attend
 NANOGPT = 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'  # fields of its GPTConfig
 
 
@@ -78,10 +79,7 @@ class GPTConfig:
 
 def default_heads(n_embd):
     """One head per 64 channels; where that does not divide n_embd, the nearest smaller number that does."""
-    heads = max(1, n_embd // 64)
-    while n_embd % heads:
-        heads -= 1
-    return heads
+    return max(n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0)
 
 
 def inside_documents(documents, causal, is_sparse):
@@ -99,6 +97,54 @@ def inside_documents(documents, causal, is_sparse):
     return mask.tril() if causal else mask
 
 
+def attend(q, k, v, mask, is_causal, dropout):
+    """
+    softmax(q k' / sqrt(D)) v for q (B, H, T, D) and k, v (B, H, S, D) -> (B, H, T, D). mask: see attention_weights, or
+    FlexAttention's; is_causal: T = S, and no token looks at a later one; dropout: share of the weights that is dropped.
+    """
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask)
+    # torch's kernel for CPUs skips what is masked and keeps no (T, S) matrix, but in bfloat16 its backward pass takes
+    # five times as long as this at 64 tokens, and twice at 256 (Zen 5); at 1,024 it wins, in float32 the two are even.
+    # It knows no dropout: with that torch writes attention out as well
+    if q.device.type == 'cpu' and (dropout or q.dtype == torch.bfloat16 and k.size(2) <= WRITTEN_OUT_TO):
+        return drop(attention_weights(q, k, mask, is_causal), dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
+
+
+def attention_weights(q, k, mask, is_causal):
+    """
+    Who looks where: q (B, H, T, D) and k (B, H, S, D) -> (B, H, T, S), a row sums to 1. mask: None, or bool of a shape
+    that broadcasts to this, True where a query may look.
+    """
+    (B, H, T, D), S = q.shape, k.size(2)
+    scores = q.new_full((T, S), -math.inf).triu(1) if is_causal else q.new_zeros(T, S)
+    scores = torch.baddbmm(scores, q.reshape(B * H, T, D), k.reshape(B * H, S, D).transpose(1, 2),
+                           alpha=1 / math.sqrt(D)).view(B, H, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1)
+
+
+def drop(x, p):
+    """
+    F.dropout, in training. On a CPU torch draws a number for each entry, on one core; here four share one of 64 bits,
+    so p is a multiple of 1 / 65,536.
+    """
+    if x.device.type != 'cpu' or p == 0 or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    n = min(round(p * 2**16), 2**16 - 1)  # so many of the 65,536 numbers drop, the lowest; they are signed
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+    is_kept = bits[:x.numel()].view(x.shape) >= n - 2**15
+    return x * is_kept.to(x.dtype).mul_(2**16 / (2**16 - n))
+
+
+class Dropout(nn.Dropout):
+
+    def forward(self, x):
+        return drop(x, self.p) if self.training else x
+
+
 class CausalSelfAttention(nn.Module):
     """Every token looks at itself and at those before it (Vaswani et al. 2017, arXiv:1706.03762)."""
 
@@ -108,19 +154,16 @@ class CausalSelfAttention(nn.Module):
         # one matrix makes the queries, keys and values of all heads
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, cache=None, mask=None):
         B, T, C = x.shape
         q, k, v = self.heads(x)  # (B, H, T, C/H)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, H, all tokens so far, C/H)
-        if isinstance(mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=mask)  # (B, H, T, C/H)
-        else:  # a single new token needs no mask, it may look at everything that came before
-            is_causal = self.causal and mask is None and (cache is None or T > 1)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
-                                               dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, C/H)
+        # a single new token needs no mask, it may look at everything that came before
+        is_causal = self.causal and mask is None and (cache is None or T > 1)
+        y = attend(q, k, v, mask, is_causal, self.dropout if self.training else 0.0)  # (B, H, T, C/H)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -132,10 +175,7 @@ class CausalSelfAttention(nn.Module):
     def weights(self, x, cache=None, mask=None):
         """Who looks where, for pictures: what forward takes, without a cache -> (B, H, T, T), a row sums to 1."""
         q, k, _ = self.heads(x)
-        scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
-        if self.causal:
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-        return scores.softmax(dim=-1)
+        return attention_weights(q.float(), k.float(), None, self.causal)
 
 
 class MLP(nn.Module):
@@ -146,7 +186,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate=config.gelu_approximate)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, C)
@@ -172,13 +212,15 @@ class KVCache:
     """The keys and values of one layer for the tokens seen so far, so that a new token costs one token's work."""
 
     def __init__(self, block_size):
-        self.block_size, self.length = block_size, 0
+        self.block_size, self.length, self.k = block_size, 0, None
 
     def extend(self, k, v):
-        """Append the (B, H, T, C/H) of T new tokens; returns those of all tokens so far."""
-        if self.length == 0:
-            B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(B, H, self.block_size, D), v.new_empty(B, H, self.block_size, D)
+        """Write the (B, H, T, D) of T new tokens behind the others; returns those of all tokens so far."""
+        if self.k is None:
+            self.k, self.v = (x.new_zeros(*x.shape[:2], self.block_size, x.size(3)) for x in (k, v))
+        if torch.is_tensor(self.length):  # (1,): all steps have the same shapes, and a mask hides the rest
+            self.k[:, :, self.length], self.v[:, :, self.length] = k, v
+            return self.k, self.v
         start, self.length = self.length, self.length + k.size(2)
         self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
@@ -192,7 +234,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
-            drop=nn.Dropout(config.dropout),
+            drop=Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
@@ -223,18 +265,26 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         return None if loss_alone else logits, loss
 
-    def hidden(self, idx, caches=None, documents=None):
-        """(B, T) ids -> (B, T, C), what the output layer reads. With caches the ids follow on those seen before."""
-        past = caches[0].length if caches else 0
-        T = idx.size(1)
-        assert past == 0 or T == 1, 'the mask is right for a whole prompt, then for one new token at a time'
-        if past + T > self.config.block_size:
-            raise ValueError(f'{past + T} tokens do not fit block_size = {self.config.block_size}')
-        positions, mask = torch.arange(past, past + T, device=idx.device), None
+    def hidden(self, idx, caches=None, documents=None, padding=None):
+        """
+        (B, T) ids -> (B, T, C), what the output layer reads. With caches the ids follow on those seen before. padding:
+        (B,), how many at the beginning of a row, there or where there are none in idx, stand for nothing.
+        """
+        past, T, mask = caches[0].length if caches else 0, idx.size(1), None
+        if not torch.is_tensor(past):
+            assert past == 0 or T == 1, 'the mask is right for a whole prompt, then for one new token at a time'
+            if past + T > self.config.block_size:
+                raise ValueError(f'{past + T} tokens do not fit block_size = {self.config.block_size}')
+        positions = past + torch.arange(T, device=idx.device)  # (T,)
         if documents is not None:
             is_first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # (B, T)
             positions = positions - (positions * is_first).cummax(dim=1).values  # (B, T): they begin anew in each
             mask = inside_documents(documents, self.config.causal, self.is_sparse(idx.device, T))
+        elif padding is not None:
+            own, start = positions[:, None], padding[:, None, None]
+            places = torch.arange(caches[0].block_size if torch.is_tensor(past) else past + T, device=idx.device)
+            mask = (((places >= start) & (places <= own)) | (places == own))[:, None]  # (B, 1, T, places)
+            positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         is_plain = self.config.causal and not caches and documents is None
         with nullcontext() if is_plain else sdpa_kernel(WITHOUT_CUDNN):
@@ -254,11 +304,22 @@ class GPT(nn.Module):
     # -----------------------------------------------------------------------------------------------------------------
     # writing text
 
+    def prefill(self, idx, caches, padding=None):
+        """Read (B, T) ids into caches, which are emptied -> logits (B, V) of what comes next. padding: see hidden."""
+        for cache in caches:
+            cache.length = 0
+        return self.lm_head(self.hidden(idx, caches, padding=padding)[:, -1])
+
+    def decode(self, idx, caches, padding=None):
+        """The same for the (B, 1) ids that follow on those in the caches."""
+        return self.lm_head(self.hidden(idx, caches, padding=padding)[:, -1])
+
     @torch.no_grad()
-    def stream(self, idx, temperature=1.0, top_k=0, top_p=1.0, n_ids=None, others=(), gaps=()):
+    def stream(self, idx, temperature=1.0, top_k=0, top_p=1.0, n_ids=None, others=(), gaps=(), is_static=False):
         """
-        Yield the next (B, 1) ids after idx (B, T), for as long as they are asked for. Draws from torch's generator.
-        Raises FloatingPointError where the logits are not finite, as those of a run that diverged.
+        Yield the next (B, 1) ids after idx (B, T), for as long as they are asked for. A row of idx that is shorter has
+        -1 at the front. Draws from torch's generator. Where the logits are not finite, as those of a run that diverged,
+        the id is -1: an error would have to wait for the device.
 
         temperature: 0 takes the likeliest id, below 1 sharpens, above 1 flattens
         top_k:       only the k likeliest ids; 0 or None: all
@@ -266,35 +327,51 @@ class GPT(nn.Module):
         n_ids:       only ids below it: a vocabulary that was rounded up has ids that stand for nothing
         others:      models that have a say too: the ids are drawn from the mean of all probabilities
         gaps:        ids below n_ids that stand for nothing either
+        is_static:   all steps have the same shapes, for a compiled decode; each then reads the whole of the caches
         """
         models = self, *others
         if not all(model.config.causal for model in models):
             raise ValueError('this model fills masks (objective = mlm), it cannot write on')
         block_size = min(model.config.block_size for model in models)
-        caches, new = [model.new_caches(block_size) for model in models], idx[:, -block_size:]
-        gaps = torch.tensor(gaps, dtype=torch.long, device=idx.device)
+        n_ids = min([n_ids or math.inf, *(model.config.vocab_size for model in models)])
+        gaps, position = (torch.tensor(x, dtype=torch.long, device=idx.device) for x in (gaps, [0]))
+        caches = [model.new_caches(block_size) for model in models]
+        lengths = [min(n, block_size) for n in (idx >= 0).sum(dim=1).tolist()]
         while True:
-            votes = [model.lm_head(model.hidden(new, cache)[:, -1])[:, :n_ids].float()  # (B, n_ids)
-                     for model, cache in zip(models, caches)]
-            logits = votes[0] if not others else torch.stack([F.log_softmax(v, dim=-1) for v in votes]).logsumexp(0)
-            if not logits.isfinite().all():
-                raise FloatingPointError('the logits of this model are not finite')
-            logits[:, gaps] = -math.inf
-            new = choose(logits, temperature, top_k, top_p)  # (B, 1)
-            idx = torch.cat((idx[:, -block_size:], new), dim=1)
-            yield new
-            if caches[0][0].length == block_size:
-                # Positions are absolute, so a full window cannot slide along. It is read anew from its second half,
-                # which costs two token-forwards a token in the long run; a window that slides costs block_size.
-                caches, new = [model.new_caches(block_size) for model in models], idx[:, -max(1, block_size // 2):]
+            T = max(lengths)
+            padding = (idx[:, -T:] < 0).sum(dim=1) if is_static or min(lengths) < T else None
+            seen, steps = [idx[:, -T:]], [model.prefill for model in models]
+            for length in range(T, block_size + 1):  # of the caches, behind this step
+                ids = seen[-1].clamp(min=0)
+                votes = (step(ids, cache, padding)[:, :n_ids].float() for step, cache in zip(steps, caches))
+                votes = [F.log_softmax(vote, dim=-1) if others else vote for vote in votes]  # (B, n_ids)
+                logits = torch.stack(votes).logsumexp(0) if others else votes[0]
+                new = choose(logits.index_fill(1, gaps, -math.inf), temperature, top_k, top_p)
+                seen.append(torch.where(logits.isfinite().all(dim=-1, keepdim=True), new, -1))
+                yield seen[-1]
+                steps = [model.decode for model in models]
+                if is_static:
+                    position.fill_(length)
+                    for cache in sum(caches, []):
+                        cache.length = position
+                        for x in cache.k, cache.v:  # which the step writes to: a CUDA graph is to find them there again
+                            torch._dynamo.mark_static_address(x)
+            # Positions are absolute, so a full window cannot slide along. It is read anew from its second half, which
+            # costs two token-forwards a token in the long run; a window that slides costs block_size.
+            half, idx = max(1, block_size // 2), torch.cat(seen, dim=1)  # (B, block_size + 1)
+            idx[:, :-half].masked_fill_(idx[:, :1] >= 0, -1)  # but of rows with padding all of it
+            lengths = [half if n == T else n + block_size + 1 - T for n in lengths]
 
     def new_caches(self, block_size):
         return [KVCache(block_size) for _ in self.transformer.h]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_ids=None, gaps=()):
-        """(B, T) ids -> (B, T + max_new_tokens), see stream."""
+        """(B, T) ids -> (B, T + max_new_tokens), see stream. FloatingPointError: the logits were not finite."""
         new = self.stream(idx, temperature, top_k, top_p, n_ids, gaps=gaps)
-        return torch.cat([idx] + [next(new) for _ in range(max_new_tokens)], dim=1)
+        ids = torch.cat([idx] + [next(new) for _ in range(max_new_tokens)], dim=1)
+        if (ids[:, idx.size(1):] < 0).any():
+            raise FloatingPointError('the logits of this model are not finite')
+        return ids
 
     # -----------------------------------------------------------------------------------------------------------------
     # what the other files ask of a model, beside forward, hidden and stream: they know no parameter by its name
@@ -315,12 +392,12 @@ class GPT(nn.Module):
         16 a parameter: weight, gradient and AdamW's two moments in float32; on a CPU 12 more, for the copy of which a
         checkpoint is written. For the backward pass a layer keeps 17 values a channel and token (Korthikanti et al.
         2022, arXiv:2205.05198, counted for attention that keeps no (T, T) matrix), the two of the residual stream in
-        float32; half as much again is for what the backward pass itself makes. On a CPU dropout in the attention keeps
-        five (T, T) matrices a head.
+        float32; half as much again is for what the backward pass itself makes. Attention written out keeps five (T, T)
+        matrices a head.
         """
         c, size = self.config, 4 if dtype == 'float32' else 2
         activations = c.n_layer * c.n_embd * (17 * size + (4 - size) * 2) * 1.5
-        if c.dropout and device.type == 'cpu':
+        if device.type == 'cpu' and (c.dropout or dtype == 'bfloat16' and c.block_size <= WRITTEN_OUT_TO):
             activations += c.n_layer * c.n_head * c.block_size * 5 * size
         logits = c.vocab_size * (size + 8)  # and their gradient and softmax in float32
         a_parameter = 28 if device.type == 'cpu' else 16
@@ -332,21 +409,6 @@ class GPT(nn.Module):
     def token_vectors(self):
         """What stands for each id where it is read, (V, C)."""
         return self.transformer.wte.weight.detach()
-
-    @torch.no_grad()
-    def attention_maps(self, idx):
-        """(B, T) ids -> (L, B, H, T, T): who looks where in each layer and head; a row sums to 1."""
-        maps, layers = [], [module for module in self.modules() if hasattr(module, 'weights')]
-        if not layers:
-            raise ValueError('no module of the model has a method weights, which says who looks where')
-        hooks = [layer.register_forward_pre_hook(lambda layer, args: maps.append(layer.weights(*args)))
-                 for layer in layers]
-        try:
-            self.hidden(idx)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack(maps)
 
     def fitted(self, state):
         """
@@ -374,14 +436,15 @@ def choose(logits, temperature, top_k, top_p):
     if temperature < 1e-6:  # float32 could not hold the quotients
         return logits.argmax(dim=-1, keepdim=True)
     logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # the shift keeps the largest finite
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+    if top_k and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, -math.inf)
     probs = F.softmax(logits, dim=-1)
     if top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True)
         beyond = ranked.cumsum(dim=-1) - ranked >= top_p  # the one that crosses the line stays
         beyond[:, 0] = False
-        ranked[beyond] = 0
-        probs = torch.zeros_like(probs).scatter_(1, order, ranked)
-    return torch.multinomial(probs, num_samples=1)
+        probs = torch.zeros_like(probs).scatter_(1, order, ranked.masked_fill(beyond, 0))
+    # what torch.multinomial does for one draw, but for checks that wait for the device: of exponential times with these
+    # rates each is the shortest with the probability of its rate
+    return (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1, keepdim=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kit.base import overrides, signals
+from kit.base import overrides, ranks, signals
 from kit.sweeps import searches, tables, trials
 from kit.watch.journal import duration
 
@@ -60,7 +60,7 @@ if wandb:
 
 gpus = trials.visible_gpus() if sweep.base['device'] in ('auto', 'cuda') else []
 jobs = jobs or len(gpus) or 1
-threads = max(1, trials.cores() // jobs) if jobs > 1 and not gpus else None
+threads = None if gpus else max(1, ranks.cores() // jobs)  # the same for all, so that they compare
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the folder: new, or that of this sweep; from here on something is written

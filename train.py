@@ -99,6 +99,9 @@ dtype = 'auto'              # auto, float32, bfloat16 or float16
 scale_loss = True           # in float16, whose small gradients would be 0
 seed = 1337                 # 0 <= x < 2**63: of the first weights, the batches and dropout
 deterministic = False       # the same numbers each time on a GPU too, as on a CPU; slower
+threads = 0                 # >= 0: of a CPU; 0 = all, or one where that is faster, as on a busy machine
+compile = None              # torch.compile: True, False, None = where it pays
+compile_mode = 'auto'       # auto, default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs: see PyTorch
 # this launch alone: a resume does not take these over
 out_dir = 'checkpoints'     # checkpoints, training.log and metrics.jsonl go here; an earlier run is moved aside
 init_from = 'scratch'       # scratch, resume, auto (resume if it can), FILE.pt, gpt2[-medium, -large, -xl], HF folder
@@ -113,8 +116,6 @@ find_lr_start = 1e-5        # > 0: from this rate
 find_lr_end = 1.0           # > 0: to this one, or to where the loss diverges
 debug_nan = False           # at the first bad number: stop, and say which text, operation or gradient made it
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
-compile = None              # torch.compile: True, False, None = where it pays
-compile_mode = 'auto'       # auto, default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs: see PyTorch
 backend = 'auto'            # auto, nccl or gloo: between processes
 
 config = overrides.apply(globals(), rules.TRAIN)
@@ -125,11 +126,13 @@ config = overrides.apply(globals(), rules.TRAIN)
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
 ranks.start(backend, device)
 trains = not (test or eval_only or dry_run or find_lr or inspect_step >= 0)  # else nothing of a run is written
-config, saved, is_resume, past = starts.find(config, trains, GPTConfig)  # past: the log of a run to be replayed
+config, saved, is_resume, past = starts.find(config, trains, GPTConfig, device)  # past: the log of a run to be replayed
 globals().update(config | {'device': device})  # the settings, with those that the checkpoint brings
 if deterministic:
     devices.make_deterministic()
-dtype = devices.choose_dtype(dtype, device)
+devices.set_threads(threads)
+dtype = config['dtype'] = devices.choose_dtype(dtype, device, test or eval_only, n_embd, batch_size * block_size,
+                                               bool(saved))  # the name that auto stood for goes into checkpoints
 micro_steps = ranks.share(gradient_accumulation_steps, 'gradient_accumulation_steps')  # of this process
 rows_per_step = batch_size * gradient_accumulation_steps
 
@@ -185,11 +188,6 @@ due = Due(config, state, warmup_steps)
 writer = Writer(out_dir, keep_last, save_errors == 'stop')
 saved = None  # its memory is free again
 
-n_tokens = tokens_per_step * (rate_finder.STEPS if find_lr else max_iters)  # of the whole run
-is_compiled = devices.choose_compile(compile, device, raw_model.flops_per_token() * n_tokens)
-if is_compiled:
-    flops = raw_model.flops_per_token() * tokens_per_step / gradient_accumulation_steps
-    raw_model.compile(mode=devices.choose_compile_mode(compile_mode, device, flops, micro_steps))
 model = ranks.wrap(raw_model, device)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +214,7 @@ def get_lr(step):
 def evaluate():
     journal.catch_up()
     rows = {'val': eval_iters * batch_size, 'train': eval_iters * batch_size or data['val'].n_tokens // block_size}
-    measure = lambda split: evaluation.figures(raw_model, data[split], split, batch_size, rows[split], device, dtype)
+    measure = lambda split: evaluation.figures(raw_model, data[split], split, rows[split], device, dtype)
     with averages.smoothed(average) as kind:  # best.pt goes by these weights
         figures = measure('train') | measure('val')
     if kind:
@@ -302,20 +300,22 @@ def update(step, lr):
     return figures, norms
 
 
-if debug_nan:  # update calls the new get_batch, by its name
-    get_batch, update = nan_hunt.watched(get_batch, update, raw_model, bad_steps, scaler, micro_steps, seed, leave,
-                                         device, dtype)
-
 # ---------------------------------------------------------------------------------------------------------------------
-# what does not train: an evaluation, a look, the learning-rate finder, a step of an earlier run once more
+# what does not train: an evaluation, a look, the learning-rate finder, a step of an earlier run once more; and a look
+# at what is to be trained, by which threads and compiling are chosen
 
 if eval_only:
     evaluate()
     ranks.leave()
-seconds = first_look.show(model, raw_model, *get_batch('train', state.step, 0)[:3], meta, device, dtype,
-                          dry_run and init_from == 'scratch' and not is_resume, is_compiled)
+batch = get_batch('train', state.step, 0)[:3]
+first_look.show(model, raw_model, batch, meta, device, dtype, dry_run and init_from == 'scratch' and not is_resume)
+n_steps = rate_finder.STEPS if find_lr else max(0, max_iters - state.step)
+seconds = first_look.choose(config, model, raw_model, batch, micro_steps, n_steps, device, dtype)
 if trains or dry_run:
-    first_look.plan(config, state.step, warmup_steps, micro_steps * seconds, steps_per_epoch, data['train'])
+    first_look.plan(config, state.step, warmup_steps, seconds, steps_per_epoch, data['train'])
+if debug_nan:  # update calls the new get_batch, by its name
+    get_batch, update = nan_hunt.watched(get_batch, update, raw_model, bad_steps, scaler, micro_steps, seed, leave,
+                                         device, dtype)
 if find_lr:
     rate_finder.run(update, state.step, bad_steps, find_lr_start, find_lr_end, out_dir)
 if inspect_step >= 0:
@@ -328,10 +328,11 @@ if not trains:
 # is due at a step, and why a run ends, is decided in kit/run/due.py, which is told of the clock, of saves and signals
 
 starts.begin(config, raw_model, data['train'], tokens_per_step, warmup_steps, state, is_resume, journal)
-iter_line = IterLine(raw_model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, device, dtype)
+iter_line = IterLine(raw_model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, seconds, device,
+                     dtype)
 signals.listen()
 devices.settle_garbage(device)
-clock.start(due.is_fitted, is_compiled)
+clock.start(due.is_fitted, config['compile'])
 while True:
     # bad steps are skipped; where they do not end, go back to before them, with other text from there on
     if due.going_back:
@@ -379,5 +380,5 @@ while True:
 
 due.saved(writer.wait())
 with averages.smoothed(average):
-    status = ending.finish(due, config, raw_model, data['val'], meta, journal, device, dtype)
+    status = ending.finish(due, clock, config, raw_model, data['val'], meta, journal, device, dtype)
 leave(status)

@@ -25,4 +25,3 @@ always_save_checkpoint = False
 save_interval = 100
 
 device = 'cpu'
-compile = False

@@ -105,7 +105,8 @@ CLOCK_LINES = r', time [\d.]+ms, mfu [\d.]+%|, \S+ tok/s, eta \S+(?=,)|^mfu: .*\
 def told(result):
     """All lines, without what a clock says, and without that of AHEAD."""
     lines = re.sub(CLOCK_LINES, '', re.sub(r'steps behind: .*\n', '', result.out), flags=re.M).splitlines()
-    return [line for line in lines if not line.startswith(('Overriding: out_dir', 'saving checkpoint', 'next:', '  '))]
+    return [line for line in lines if not line.startswith((
+        'Overriding: out_dir', 'saving checkpoint', 'next:', '  ', 'the steps took', 'WARNING: a step takes'))]
 
 
 @pytest.mark.parametrize('args, hook', [

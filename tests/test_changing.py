@@ -154,6 +154,7 @@ def test_rmsnorm_and_rotary_positions(tree, tiny, trained):
     probe.write_text('''
 import torch
 import kit, model
+from kit.watch import inside
 assert kit.__path__[0].startswith(__file__.rpartition('/')[0])
 gpt = model.GPT(model.GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=8)).eval()
 ids = torch.tensor([[1, 2, 3, 4, 0, 2]])
@@ -162,8 +163,8 @@ parts = [gpt.hidden(ids[:, :4], caches)] + [gpt.hidden(ids[:, i:i + 1], caches) 
 torch.testing.assert_close(torch.cat(parts, dim=1), gpt.hidden(ids))
 twice = gpt.hidden(torch.cat([ids[:, :3]] * 2, dim=1), documents=torch.tensor([[0, 0, 0, 1, 1, 1]]))
 torch.testing.assert_close(twice[:, :3], twice[:, 3:])
-maps = gpt.attention_maps(ids)
-assert maps.shape == (1, 1, 2, 6, 6) and torch.allclose(maps.sum(-1), torch.ones(1, 1, 2, 6))
+maps = inside.attention(gpt, ids[0])
+assert maps.shape == (1, 2, 6, 6) and abs(maps.sum(-1) - 1).max() < 1e-5
 ''')
     tree('probe.py')
 

@@ -1,9 +1,12 @@
 """The model against plain arithmetic: attention, loss, cache, and the draw of the next token."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
+from no_wait import NoWait, Waits
+from torch._dynamo.testing import CompileCounter
 
 import model as models
 from model import GPT, GPTConfig
@@ -112,6 +115,88 @@ def test_cached_logits_are_the_uncached(model):
         torch.testing.assert_close(torch.cat(hidden, dim=1), model.hidden(idx), rtol=1e-4, atol=1e-5)
 
 
+def padded(rows):
+    """Lists of ids as (B, T), with -1 at the front of the shorter ones."""
+    return torch.tensor([[-1] * (max(map(len, rows)) - len(row)) + row for row in rows])
+
+
+def random_rows(*lengths):
+    return [torch.randint(23, (n,)).tolist() for n in lengths]
+
+
+def written(model, idx, n=40, **options):
+    """n ids behind each row, (B, n)."""
+    return torch.cat(list(islice(model.stream(idx, **options), n)), dim=1)
+
+
+@pytest.mark.parametrize('is_static', [False, True])
+@torch.no_grad()
+def test_cached_logits_of_rows_of_different_lengths_are_those_of_each_alone(model, is_static):
+    """Whatever the caches held before; with all steps of one shape, as for a compiler, too."""
+    rows, caches, place = random_rows(1, 4, 9, 9), model.new_caches(16), torch.zeros(1, dtype=torch.long)
+    model.prefill(torch.randint(23, (4, 16)), caches)
+    padding = torch.tensor([8, 5, 0, 0])
+    logits = model.prefill(padded(rows).clamp(min=0), caches, padding)
+    for length in range(9, 17):
+        alone = torch.stack([model(torch.tensor([row]))[0][0, -1] for row in rows])
+        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
+        if length < 16:
+            new = torch.randint(23, (4, 1))
+            rows = [row + ids for row, ids in zip(rows, new.tolist())]
+            for cache in caches if is_static else []:
+                cache.length = place.fill_(length)
+            logits = model.decode(new, caches, padding)
+
+
+@pytest.mark.parametrize('is_ensemble', [False, True])
+def test_greedy_text_of_rows_of_different_lengths_is_that_of_each_alone(model, is_ensemble):
+    """Also where their windows are full at different times; the other model has shorter ones, and more ids."""
+    other = GPT(GPTConfig(**CONFIG | {'block_size': 12, 'vocab_size': 29}))
+    options = dict(n=25, temperature=0, others=[other.eval()] if is_ensemble else [])
+    rows = random_rows(1, 5, 15, 16, 20, 11)
+    alone = torch.cat([written(model, torch.tensor([row]), **options) for row in rows])
+    for is_static in False, True:
+        assert torch.equal(written(model, padded(rows), **options, is_static=is_static), alone)
+
+
+@pytest.mark.parametrize('options', [
+    {'temperature': 0}, {'top_k': 5, 'top_p': 0.9, 'n_ids': 20, 'gaps': [1, 4]}, {'is_static': True}])
+def test_a_token_waits_for_nothing_and_the_memory_stays(model, monkeypatch, options):
+    """Nor does a full window; but for the lengths of the rows, at the beginning."""
+    caches, new_caches = [], model.new_caches
+    monkeypatch.setattr(model, 'new_caches', lambda size: caches.append(new_caches(size)) or caches[-1])
+    stream = model.stream(padded(random_rows(3, 7)), others=[model], **options)
+    with pytest.raises(Waits), NoWait():
+        next(stream)
+    stream = model.stream(padded(random_rows(3, 7)), others=[model], **options)
+    next(stream)
+    place = [cache.k.data_ptr() for layers in caches for cache in layers if cache.k is not None]
+    with NoWait():
+        for _ in range(30):
+            next(stream)
+    assert [cache.k.data_ptr() for layers in caches[2:] for cache in layers] == place and len(place) == 6
+
+
+@pytest.mark.parametrize('model', [True], indirect=True)
+def test_a_compiled_step_is_compiled_once(model, monkeypatch):
+    """However many tokens are there, and where windows are read anew; and it writes what the others write."""
+    idx = padded(random_rows(3, 7))
+    expected, counter = written(model, idx, temperature=0), CompileCounter()  # traces, and compiles nothing
+    torch.compiler.reset()
+    monkeypatch.setattr(model, 'decode', torch.compile(model.decode, backend=counter, fullgraph=True))
+    assert torch.equal(written(model, idx, temperature=0, is_static=True), expected) and counter.frame_count == 1
+    torch.compiler.reset()
+
+
+def test_rows_whose_logits_are_not_finite_have_no_id(model):
+    model.transformer.wpe.weight.data[5] = math.inf
+    ids = written(model, padded([[1, 2, 3], [1, 2, 3, 4, 5]]), 4)
+    assert ids[0, :3].min() >= 0 and ids[0, 3] == -1 and ids[1, 0] >= 0 and (ids[1, 1:] == -1).all()
+    with pytest.raises(FloatingPointError, match='not finite'):
+        model.generate(torch.tensor([[1, 2, 3]]), 4)
+    assert model.generate(torch.tensor([[1, 2, 3]]), 3).shape == (1, 6)
+
+
 def test_greedy_text_is_the_uncached(model):
     """Within a window as the plain loop does it; a full window is read anew from its second half."""
     written = model.generate(torch.tensor([[1, 2, 3]] * 2), 40, temperature=0)
@@ -162,6 +247,17 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
     counted = torch.bincount(drawn[:, 0], minlength=6) / 20_000
     assert (counted[expected == 0] == 0).all()
     assert (counted - expected).abs().max() < 0.018  # 5 sigma
+
+
+@pytest.mark.parametrize('n_ids', [2, 65, 50_257])
+def test_a_draw_is_that_of_torchs_multinomial(n_ids):
+    """Bit for bit, so that a seed gives the text that it gave with it."""
+    logits = 3 * torch.randn(10, n_ids)
+    torch.manual_seed(1)
+    drawn = [models.choose(logits, 1.0, 0, 1.0) for _ in range(20)]
+    torch.manual_seed(1)
+    shifted = logits - logits.max(dim=-1, keepdim=True).values
+    assert all(torch.equal(ids, torch.multinomial(shifted.softmax(dim=-1), 1)) for ids in drawn)
 
 
 def test_temperature_zero_takes_the_likeliest():

@@ -18,7 +18,7 @@ import types
 import pytest
 from conftest import ROOT, TINY, needs_mirror, records
 
-from kit.base import overrides
+from kit.base import overrides, ranks
 from kit.sweeps import searches, tables, trials
 from kit.watch.diagnosis import History
 
@@ -544,7 +544,7 @@ def test_threads_and_gpus(sweep, project, tmp_path):
     (tmp_path / 'x.py').write_text('seeds = 2\n')
     subprocess.run([sys.executable, project / 'sweep.py', 'x.py', '--jobs=2'], cwd=tmp_path, env=env, check=True,
                    capture_output=True)
-    assert [e['OMP_NUM_THREADS'] for e in environment()] == [str(max(1, trials.cores() // 2))] * 2
+    assert [e['OMP_NUM_THREADS'] for e in environment()] == [str(max(1, ranks.cores() // 2))] * 2
     shutil.rmtree(tmp_path / 'sweeps')
     result = sweep('device = "cuda"\nseeds = 4\npace = 0.01\n', env={'CUDA_VISIBLE_DEVICES': '5,7'})
     assert result.status == 0 and '2 at a time' in result.out, result.err

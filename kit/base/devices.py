@@ -9,6 +9,7 @@ import re
 import textwrap
 import time
 import warnings
+from collections import deque
 from contextlib import nullcontext, suppress
 from functools import cache
 
@@ -16,7 +17,7 @@ import numpy as np
 import psutil
 import torch
 
-from kit.base import ranks
+from kit.base import overrides, ranks
 from kit.base.errors import fail
 
 # dense bfloat16 (float16 before Ampere) peak in FLOP/s, from the makers' data sheets; the first name found counts, so
@@ -37,12 +38,18 @@ PEAK_FLOPS = {
 LESS_THAN_THE_CARD = re.compile(r'\b(MIG|Laptop|Max-Q)\b|-\d+[ABCQ](ME)?\b')
 ANOTHER_CARD = r'(?! (Ti|SUPER|D|NVL)\b)'  # behind its name
 
-# compiling costs half a minute to a minute; below this much arithmetic a run is over before that pays
-COMPILE_FROM_FLOPS = 1e16
+# compiling takes 15 to 40 seconds, and saves between nothing and a third: a run must be long for a try to cost little
+COMPILE_FROM_SECONDS = 600
 
 # the host takes about 1 to 2 ms to launch the kernels of a small model; a fast GPU does this much arithmetic in less,
 # and waits, unless a CUDA graph launches them at once. An estimate: not measured on any GPU yet
 CUDA_GRAPHS_BELOW_FLOPS = 1e11
+
+# on a CPU that computes in bfloat16 a step of two layers of 128 channels with 12 rows of 64 tokens took 14.7 ms in it,
+# in float32 18.7, one of six of 384 with 8 of 256 took 338 and 856 (Zen 5); smaller ones were not measured
+BFLOAT16_FROM_CHANNELS, BFLOAT16_FROM_TOKENS = 128, 512
+# what a CPU needs for products in a format, by the names of torch.cpu.get_capabilities
+CPU_FEATURES = {'bfloat16': ('avx512_bf16', 'amx_bf16'), 'float16': ('avx512_fp16', 'amx_fp16')}
 
 NO_GPU = 'no GPU was found'
 BUILDS = 'pytorch.org/get-started/locally'
@@ -92,11 +99,20 @@ def choose_device(name, local_rank=0, world_size=1):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 where a product is in float32, as in nanoGPT
         reason += f', {torch.cuda.get_device_name(device)}'
-    elif device.type == 'cpu':
-        threads = f'{torch.get_num_threads()} threads'
-        reason = f'{threads}; {reason}' if fault not in ('', NO_GPU) else f'{reason}, {threads}'
     print(f'device: {device} ({reason})')
     return device
+
+
+def set_threads(n):
+    """Compute on the CPU with n threads; 0: with as many as torch takes by itself. A checkpoint may name too many."""
+    most = ranks.cores()
+    if n > most and 'threads' in overrides.given:
+        fail(f'threads = {n}: this process may use {most} cores; --threads=0 takes them all, or one if that is faster')
+    if n > most:
+        print(f'threads: {most}, since here are no more cores; the run had {n}, so from here on sums are rounded in '
+              'another order')
+    if n:
+        torch.set_num_threads(min(n, most))
 
 
 def cuda_fault(index):
@@ -156,36 +172,86 @@ def has_kernels(major, minor, archs):
     return not known
 
 
-def choose_dtype(name, device):
-    """'auto' or float32, bfloat16, float16 -> the name of the format in which the matrix products run."""
-    reason = 'as asked'
-    if name == 'auto':
-        if device.type != 'cuda':
-            name, reason = 'float32', f'the safe choice on {device.type}'
-        elif torch.cuda.get_device_capability(device) >= (8, 0):
-            name, reason = 'bfloat16', 'this GPU computes in it, and it needs no loss scaling'
-        else:
-            name, reason = 'float16', 'this GPU is too old for bfloat16; the loss is scaled'
+def who_chose(name):
+    """Why a setting is not auto."""
+    return 'as asked' if name in overrides.given else 'as the run began'
+
+
+def choose_dtype(name, device, measures=False, n_embd=0, n_tokens=0, is_kept=False):
+    """
+    'auto' or float32, bfloat16, float16 -> the name of the format in which the matrix products run. measures: losses
+    are all that is computed. n_embd, n_tokens: the channels of a model that is trained, and the tokens of a micro-step.
+    is_kept: where the command line says nothing the name is a checkpoint's.
+    """
+    best, why = best_dtype(device, n_embd, n_tokens)
+    if measures and device.type == 'cpu':
+        name, reason = measuring_dtype(name, device), 'in which all is measured on a CPU'
+    elif name == 'auto':
+        name, reason = best, why
+    else:
+        is_kept = is_kept and 'dtype' not in overrides.given
+        reason = 'as the run began' if is_kept else 'as asked'
+        if not computes_in(name, device):
+            chip = 'CPU' if device.type == 'cpu' else 'GPU'
+            reason += f'; this {chip} does not compute in it, which takes many times as long; --dtype={best}'
+        elif is_kept and name != best:
+            reason += f'; auto would be {best}: {why}'
     if name == 'float32' and device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0):
         reason += '; matrix products run in TF32, which keeps 10 bits of the 23 behind the point'
     print(f'dtype: {name} ({reason})')
     return name
 
 
-def choose_compile(wanted, device, flops):
-    """wanted: True, False, or None = decide. flops: the arithmetic of the whole run. -> whether to torch.compile."""
+def best_dtype(device, n_embd, n_tokens):
+    """What auto is, and why, see choose_dtype; a CPU is not asked for more than float32 where nothing is trained."""
+    if device.type == 'cuda' and computes_in('bfloat16', device):
+        return 'bfloat16', 'this GPU computes in it, and it needs no loss scaling'
+    if device.type == 'cuda':
+        return 'float16', 'this GPU is too old for bfloat16; the loss is scaled'
+    if device.type != 'cpu' or not n_tokens:
+        return 'float32', f'the safe choice on {device.type}'
+    if not cpu_has('bfloat16'):
+        return 'float32', 'this CPU has neither AVX512_BF16 nor AMX, with which bfloat16 is faster'
+    if n_embd < BFLOAT16_FROM_CHANNELS or n_tokens < BFLOAT16_FROM_TOKENS:
+        return 'float32', (f'this CPU computes in bfloat16 too, which pays from {BFLOAT16_FROM_CHANNELS} channels and '
+                           f'{BFLOAT16_FROM_TOKENS} tokens in a micro-step on')
+    return 'bfloat16', 'this CPU computes in it; losses are measured in float32'
+
+
+def measuring_dtype(name, device):
+    """In what a model that runs in this format is measured: on a CPU in float32, for the same number on any of them."""
+    return 'float32' if device.type == 'cpu' else name
+
+
+def computes_in(name, device):
+    """Whether a device has arithmetic for a format. Of Apple's GPUs and CPUs other than x86 nothing is known: True."""
+    if device.type == 'cuda':
+        return name != 'bfloat16' or torch.cuda.get_device_capability(device) >= (8, 0)
+    is_x86 = torch.cpu.get_capabilities().get('architecture') == 'x86_64'
+    return name == 'float32' or device.type != 'cpu' or not is_x86 or cpu_has(name)
+
+
+def cpu_has(name):
+    """Whether the CPU has instructions for products in bfloat16 or float16."""
+    found = torch.cpu.get_capabilities()  # on other CPUs than x86 these are not among them
+    return any(found.get(feature) for feature in CPU_FEATURES[name])
+
+
+def choose_compile(wanted, device, seconds):
+    """
+    wanted: True, False, or None = decide. seconds: of the whole run, as it would be without. -> (whether to try
+    torch.compile, why).
+    """
     if wanted is not None:
-        chosen, reason = wanted, 'as asked'
-    elif device.type != 'cuda':
-        chosen, reason = False, f'pays on {device.type} in long runs only; --compile turns it on'
-    elif torch.cuda.get_device_capability(device) < (7, 0) or importlib.util.find_spec('triton') is None:
-        chosen, reason = False, 'it takes triton and a GPU of compute capability 7.0'
-    elif flops < COMPILE_FROM_FLOPS:
-        chosen, reason = False, f'a run of {flops:.1e} FLOPs is over too soon; --compile turns it on'
-    else:
-        chosen, reason = True, f'a run of {flops:.1e} FLOPs; takes about a minute, --compile=False turns it off'
-    print(f'compile: {chosen} ({reason})')
-    return chosen
+        return wanted, who_chose('compile')
+    if device.type == 'mps':
+        return False, 'on mps it has not been tried here; --compile turns it on'
+    if device.type == 'cuda' and (
+            torch.cuda.get_device_capability(device) < (7, 0) or importlib.util.find_spec('triton') is None):
+        return False, 'it takes triton and a GPU of compute capability 7.0'
+    if seconds < COMPILE_FROM_SECONDS:
+        return False, f'a run of {seconds / 60:.1f} minutes is over too soon; --compile turns it on'
+    return True, f'a run of {seconds / 60:.0f} minutes without; --compile=False turns it off'
 
 
 def choose_compile_mode(name, device, flops, micro_steps=1):
@@ -281,6 +347,20 @@ def fetch(tensor):
     return wait
 
 
+def fetched(tensors):
+    """
+    The tensors of an iterator as CPU tensors, in their order. Where the host runs ahead it waits for one once the
+    device has the next to make, which is in vain if the iterator is left before its end.
+    """
+    waits = deque()
+    for tensor in tensors:
+        waits.append(fetch(tensor))
+        if len(waits) > runs_ahead(tensor.device):
+            yield waits.popleft()()
+    for wait in waits:
+        yield wait()
+
+
 def synchronize(device):
     """Wait until the device has done all its work, so that the clock can be read."""
     if device.type == 'cuda':
@@ -305,7 +385,7 @@ def peak_flops(device, dtype):
             return peak
         if peak and torch.cuda.get_device_capability(device) >= (8, 0):
             return peak / 2  # TF32 runs at half the rate; older ones have none
-    n = 4096 if device.type == 'cuda' else 1024 if dtype != 'float16' else 128  # a CPU is a hundred times slower in it
+    n = 4096 if device.type == 'cuda' else 768 if computes_in(dtype, device) else 128
     own = torch.Generator(device)  # the states of the others go into checkpoints, and a look changes nothing
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype), generator=own)
     seconds = []
@@ -318,6 +398,13 @@ def peak_flops(device, dtype):
     peak = 2 * n**3 / min(seconds)
     print(f'mfu: in units of {peak / 1e9:,.0f} GFLOP/s, measured on a {n} x {n} {dtype} matrix product')
     return peak
+
+
+def total_memory(device):
+    """Bytes that the device has, or the machine where it has none of its own."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def usage(device):

@@ -36,6 +36,12 @@ NCCL_TIMEOUT = timedelta(hours=2)   # rank 0's save, and the write before it, in
 between_hosts = None  # a group of gloo's, None = the default one
 
 
+def cores():
+    """How many cores of this machine are for this process."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, n // variable('LOCAL_WORLD_SIZE', 1))
+
+
 def start(backend, device):
     """Join the other processes. backend: auto (nccl on CUDA, else gloo) or one that torch.distributed knows."""
     if world_size == 1:

@@ -8,6 +8,7 @@ import time
 from functools import wraps
 
 from kit.base import devices, ranks
+from kit.watch.journal import duration
 
 FIRST_STEPS = 5    # of a launch: they compile and warm up, and are no measure
 SPARE = 0.03       # of the time that is left, for steps that come to take longer
@@ -24,6 +25,7 @@ class Clock:
             import psutil
             self.end = psutil.Process().create_time() + 60 * minutes
         self.steps = 0  # of this launch
+        self.total = {'step': 0.0, 'evaluation': 0.0, 'save': 0.0}  # seconds of this launch that went into each
         self.spent = {kind: [] for kind in ('step', 'evaluation', 'save')}  # seconds of each that was measured
         self.start(is_fitted=not minutes)
 
@@ -53,6 +55,7 @@ class Clock:
             devices.synchronize(self.device)  # seldom: it waits for the device
         now = time.perf_counter()
         spent, seconds, self.last = self.spent[kind], now - self.last, now
+        self.total[kind] += seconds
         if is_measured and n and (kind != 'step' or self.steps > FIRST_STEPS):
             spent.append(seconds)
         elif is_measured and spent:
@@ -77,9 +80,17 @@ class Clock:
         (seconds of a step, those of them for its batches), means over the steps since the last call or anything else.
         """
         now, n, data_seconds = time.perf_counter(), max(1, self.recent_steps), self.data_seconds
+        self.total['step'] += now - self.last
         seconds, self.since, self.last = now - self.since, now, now
         self.recent_steps, self.data_seconds = 0, 0.0
         return seconds / n, data_seconds / n
+
+    def in_words(self):
+        """What the parts of this launch took, but for saves that went on beside its steps."""
+        steps, evaluations, saves = self.total.values()
+        share = 100 / max(1e-9, steps + evaluations + saves)
+        return (f'the steps took {duration(steps)}, evaluations {duration(evaluations)} ({share * evaluations:.1f}% of '
+                f'the time), saves {duration(saves)} ({share * saves:.1f}%)')
 
     # -----------------------------------------------------------------------------------------------------------------
     # max_minutes

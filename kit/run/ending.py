@@ -14,14 +14,14 @@ from kit.watch import diagnosis, samples
 AVERAGED = 5  # checkpoints that checkpoint_averaging.py takes where it is not told how many
 
 
-def finish(due, s, model, data, meta, journal, device, dtype):
+def finish(due, clock, s, model, data, meta, journal, device, dtype):
     """
-    Say why a run ends and what came of it; returns the exit status. due: the Due of its last step; s: the settings;
+    Say why a run ends and what came of it; returns the exit status. due, clock: of its last step; s: the settings;
     model: with the weights that are evaluated; data: the Rows of val; journal: of the run.
     """
     step, out_dir = due.state.step, s['out_dir']
     if due.end in signals.STOP:
-        show_how_to_go_on(due.end, step, out_dir, s['compile'])
+        show_how_to_go_on(due.end, step, out_dir)
         return signals.status(due.end)
     signals.obey()
     journal.show('checkpoints', out_dir)  # not where a signal came: who sends it waits for some seconds only
@@ -29,6 +29,7 @@ def finish(due, s, model, data, meta, journal, device, dtype):
         print(diagnosis.stopped_by_bad_numbers(step, int(due.state.bad_steps[0]), s['learning_rate'], dtype))
         return 1
     show_why(due, out_dir, model)
+    print(clock.in_words())
     if ranks.is_main:
         try:
             samples.show(model, data, meta, device, dtype)
@@ -60,10 +61,9 @@ def show_why(due, out_dir, model):
               'others')
 
 
-def show_how_to_go_on(signal, step, out_dir, compile):
-    """What a run says that a signal has stopped. compile: as it was asked for, which a resume does not take over."""
+def show_how_to_go_on(signal, step, out_dir):
+    """What a run says that a signal has stopped."""
     where = '' if out_dir == 'checkpoints' else f' --out_dir={shlex.quote(out_dir)}'
-    where += '' if compile is None else f' --compile={compile}'
     saved = checkpoints.peek(Path(out_dir) / 'ckpt.pt').get('iter_num', 0)
     if saved:
         print(f'{signal}: stopped after {step} steps; this goes on '

@@ -1,26 +1,37 @@
-"""Before any training: one micro-step and the model are shown, and what a step and the run will be."""
+"""
+Before any training: one micro-step and the model are shown, what makes this run fastest is chosen by the time that such
+a micro-step takes, and what a step and the run will be is told.
+"""
 
 import math
+import os
 import time
+from functools import partial
 
 import torch
 
-from kit.base import devices
+from kit.base import devices, ranks
+from kit.base.errors import reason
 from kit.data import tokens
 from kit.watch import diagnosis, evaluation
 from kit.watch.journal import duration
 
+PASSES = 4                # with one and with all threads are timed at most, in turn: other work comes and goes
+LONG_PASS = 0.5           # seconds: one will do
+CLEAR = 1.3               # times as long is a difference that needs no more of them
+THREADS_BELOW_FLOPS = 2e10  # of a pass; in longer ones threads seldom wait for each other, and the look would take long
+ONE_IS_FASTER = 0.9       # of the time with all threads: what one must take, so that no chance decides
+COMPILED_IS_FASTER = 0.95  # of the time without: what compiled code must take, to be kept where nobody asked for it
 
-def show(model, raw_model, x, y, documents, meta, device, dtype, from_scratch, is_compiled):
+
+def show(model, raw_model, batch, meta, device, dtype, is_new):
     """
-    Show one micro-step, (B, T) each, before any training: shapes, a piece of the text, and whether a new model's first
-    loss is that of a fair guess, ln(vocab_size). model is raw_model as it will be trained, wrapped and compiled: what
-    is compiled here is what the training and its evaluations run, so that no clock counts it as theirs. Returns the
-    seconds of one pass forward and backward.
+    Show one micro-step, batch = (x, y, documents), (B, T) each, before any training: shapes, a piece of the text, and
+    whether a new model's first loss is that of a fair guess, ln(vocab_size). model is raw_model as it will be trained.
     """
-    c, n_params = raw_model.config, raw_model.count_params()
+    (x, y, documents), c = batch, raw_model.config
     memory = raw_model.training_memory(x.numel(), dtype, device)
-    print(f'model: {n_params / 1e6:.2f}M parameters in {raw_model.in_words()}; training takes about '
+    print(f'model: {raw_model.count_params() / 1e6:.2f}M parameters in {raw_model.in_words()}; training takes about '
           f'{memory / 2**30:.2f} GiB of memory beside the program')
     n_targets = int((y >= 0).sum())
     print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is '
@@ -38,27 +49,102 @@ def show(model, raw_model, x, y, documents, meta, device, dtype, from_scratch, i
             print(f'  {name}[0] = {ids[:6]}... = {tokens.decode(text, ids)!r}...')
     except OSError:
         print(f'  x[0] = {x[0, :16].tolist()}... (the files of the tokenizer could not be downloaded)')
-    seconds, first_loss = [], None
-    buffers = [buffer.clone() for buffer in raw_model.buffers()]  # a look changes nothing
-    for _ in range(2):  # the first pass warms up
-        start = time.perf_counter()
-        with devices.autocast(device, dtype):
-            _, loss = model(x, y, documents, loss_alone=True)
-        loss.backward()
-        devices.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-        first_loss = first_loss or loss.item()
-        model.zero_grad(set_to_none=True)  # before the next: CUDA graphs cannot add to a gradient
-    if is_compiled:
-        with evaluation.evaluating(raw_model), torch.no_grad(), devices.autocast(device, dtype):
-            raw_model(x, y, documents)
-    for buffer, before in zip(raw_model.buffers(), buffers):
-        buffer.copy_(before)
+    _, first_loss = one_pass(model, raw_model, batch, device, dtype)
     guess = math.log(c.vocab_size)
     print(f'first loss: {first_loss:.4f}; a fair guess among {c.vocab_size:,} ids would have {guess:.4f}')
-    if from_scratch and not abs(first_loss - guess) < diagnosis.FIRST_LOSS_OFF:
+    if is_new and not abs(first_loss - guess) < diagnosis.FIRST_LOSS_OFF:
         print('WARNING: a new model should start near a fair guess; look at the initialisation and at the data')
-    return min(seconds)
+
+
+def one_pass(model, raw_model, batch, device, dtype):
+    """(seconds, loss) of a pass forward and backward, which changes nothing."""
+    buffers = [buffer.clone() for buffer in raw_model.buffers()]
+    start = time.perf_counter()
+    try:
+        with devices.autocast(device, dtype):
+            _, loss = model(*batch, loss_alone=True)
+        loss.backward()
+        devices.synchronize(device)
+        return time.perf_counter() - start, loss.item()
+    finally:
+        model.zero_grad(set_to_none=True)  # before the next: CUDA graphs cannot add to a gradient
+        for buffer, before in zip(raw_model.buffers(), buffers):
+            buffer.copy_(before)
+
+
+def choose(s, model, raw_model, batch, micro_steps, n_steps, device, dtype):
+    """
+    Choose, for a run that has n_steps to make, with how many threads a CPU computes, and whether the model is compiled,
+    which is done in place. Both are put into s, the settings, so that a resume computes as before. To be called once
+    the model has made a pass. Returns the seconds of a step, without its update.
+    """
+    timed = partial(one_pass, model, raw_model, batch, device, dtype)
+    flops = raw_model.flops_per_token() * batch[0].numel()
+    if device.type == 'cpu':
+        choose_threads(s, timed, flops)
+    seconds = seconds_of(timed)
+    whole_run = 60 * s['max_minutes'] if s['max_minutes'] and not s['find_lr'] else seconds * micro_steps * n_steps
+    is_compiled, why = devices.choose_compile(s['compile'], device, whole_run)
+    if is_compiled:
+        mode = devices.choose_compile_mode(s['compile_mode'], device, flops, micro_steps)
+        try:
+            raw_model.compile(mode=mode)
+            for _ in range(2):  # compiles, then records a CUDA graph; no clock counts this as a step's
+                timed()
+            evaluation.warm_up(raw_model, *batch, device, dtype)
+            compiled = seconds_of(timed)
+        except Exception as error:  # there is no C++ compiler, no Triton, or an operation is too new for them
+            if ranks.world_size > 1:
+                raise  # the others may have no error, and wait in this pass: torchrun ends them
+            is_compiled, why = False, f'that failed: {reason(error)}'
+        else:
+            why += f'; a pass takes {1000 * compiled:.1f}ms, {1000 * seconds:.1f}ms without'
+            is_compiled = s['compile'] is not None or compiled < COMPILED_IS_FASTER * seconds
+            seconds = compiled if is_compiled else seconds
+        if not is_compiled:
+            raw_model._compiled_call_impl = None  # takes compile() back; torch has no other way for a single model
+            torch.compiler.reset()
+    print(f'compile: {is_compiled} ({why})')
+    s['compile'] = is_compiled
+    return seconds * micro_steps
+
+
+def choose_threads(s, timed, flops):
+    """
+    Choose s['threads'] where that is 0, and print it: all that torch takes, or one, where several wait for each other,
+    as they do on a machine with other work. flops: of a pass.
+    """
+    n, why = torch.get_num_threads(), devices.who_chose('threads') if s['threads'] else 'all there are'
+    if not s['threads'] and os.environ.get('OMP_NUM_THREADS'):
+        why = 'OMP_NUM_THREADS'
+    elif not s['threads'] and n > 1 and ranks.world_size == 1 and flops < THREADS_BELOW_FLOPS:
+        several = one = 0.0
+        n_passes = 0
+        while n_passes < PASSES and max(one, several) <= CLEAR * min(one, several):
+            one += in_ms(timed, threads=1)
+            several += in_ms(timed, threads=n)
+            n_passes += 1
+        why = f'a pass takes {several / n_passes:.1f}ms with {n}, {one / n_passes:.1f}ms with one'
+        n = 1 if one < ONE_IS_FASTER * several else n
+        torch.set_num_threads(n)
+    print(f'threads: {n} ({why})')
+    if ranks.world_size == 1:  # how many one of several has says nothing of one alone
+        s['threads'] = n
+
+
+def in_ms(timed, threads):
+    torch.set_num_threads(threads)
+    return 1000 * timed()[0]
+
+
+def seconds_of(timed):
+    """The seconds of a pass, as rank 0 has them; of two where it is short, the shorter: other work only adds."""
+    mine, _ = timed()
+    seconds = ranks.from_main(lambda: mine)
+    if seconds > LONG_PASS:
+        return seconds
+    mine, _ = timed()
+    return min(seconds, ranks.from_main(lambda: mine))
 
 
 def plan(s, step, warmup, seconds, steps_per_epoch, data):

@@ -1,23 +1,28 @@
 """The iter line: what a step was, printed, and recorded with the updates since the last one."""
 
+import math
 from functools import partial
 
 import torch
 
 from kit.base import devices, ranks
 from kit.learn import gradients
+from kit.run.clock import FIRST_STEPS
 from kit.watch.journal import duration, short
+
+MUCH_SLOWER = 2.5  # times what the plan has,
+UPDATE = 0.05      # seconds, and what it leaves out: the update, which takes as long as the rest in a tiny model
 
 
 class IterLine:
     """
     model: not wrapped; journal, clock, due, bad_steps: the Journal, Clock, Due and gradients.BadSteps of the run;
-    tokens_per_step: without padding.
+    tokens_per_step: without padding; planned: seconds of a step, without its update, as the plan has it.
     """
 
-    def __init__(self, model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, device, dtype):
+    def __init__(self, model, journal, clock, due, bad_steps, tokens_per_step, steps_per_epoch, planned, device, dtype):
         self.model, self.journal, self.clock, self.due, self.bad_steps = model, journal, clock, due, bad_steps
-        self.tokens_per_step, self.steps_per_epoch = tokens_per_step, steps_per_epoch
+        self.tokens_per_step, self.steps_per_epoch, self.planned = tokens_per_step, steps_per_epoch, planned
         self.flops_per_step = model.flops_per_token() * tokens_per_step  # forward and backward
         self.device, self.dtype = device, dtype
 
@@ -53,3 +58,10 @@ class IterLine:
             'mfu': mfu, 'epoch': epoch, 'bad_steps': int(n_bad),
         } | gradients.by_layer(self.model, numbers()[3:].reshape(-1, 3)) | devices.usage(self.device))
         self.bad_steps.warn(step, int(n_bad), bad_norms)
+        if self.clock.steps > FIRST_STEPS and seconds > MUCH_SLOWER * self.planned + UPDATE:
+            has_threads = self.device.type == 'cpu' and torch.get_num_threads() > 1
+            times = f'{seconds / self.planned:.1f} times as long as planned'
+            print(f'WARNING: a step takes {seconds * 1000:.1f}ms, {times}, {data_seconds * 1000:.1f}ms of that for '
+                  'its batch. Is other work on this machine?'
+                  + (' Then --init_from=resume --threads=1 may go on faster' if has_threads else ''))
+            self.planned = math.inf  # said once

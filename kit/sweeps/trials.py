@@ -536,7 +536,3 @@ def visible_gpus():
     names = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
     names = list(itertools.takewhile(lambda name: name.strip() not in ('', '-1'), names))  # as CUDA reads it
     return names or [str(i) for i in range(torch.cuda.device_count())]
-
-
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+import torch
 
 from kit.base import devices
 from kit.data import tokens
@@ -41,10 +42,23 @@ def show(journal, step, model, data, meta, device, is_last):
         journal.pictures_due = time.time() + 100 * (time.time() - start)
 
 
+@torch.no_grad()
 def attention(model, ids):
-    """The attention of every layer and head over one row of ids (T,): an array (L, H, T, T)."""
-    with evaluation.evaluating(model):
-        return model.attention_maps(ids[None])[:, 0].cpu().numpy()  # in float32: nothing is compiled or cast here
+    """
+    Who looks where over one row of ids (T,), in every layer and head: an array (L, H, T, T), in float32. A layer is a
+    module with a method weights, which says so of what comes into its forward.
+    """
+    maps, layers = [], [module for module in model.modules() if hasattr(module, 'weights')]
+    if not layers:
+        raise ValueError('no module of the model has a method weights, which says who looks where')
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: maps.append(layer.weights(*args))) for layer in layers]
+    try:
+        with evaluation.evaluating(model):
+            model.hidden(ids[None])  # nothing is compiled or cast here
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(maps)[:, 0].cpu().numpy()
 
 
 def shown(text):
