@@ -102,7 +102,7 @@ def test_bad_steps_between_the_lines_are_told(hooked):
 
 
 def test_a_bad_number_stays_out_of_the_buffers(hooked, tiny):
-    """Of a model that changes them in its forward pass, the sixth here: two looks go before the first step."""
+    """Of a model that changes them in its forward pass, the seventh here: three looks go before the first step."""
     code = '''
 import model, torch
 old_init, old_forward, calls = model.GPT.__init__, model.GPT.forward, [0]
@@ -114,7 +114,7 @@ def forward(self, *args, loss_alone=False):
     logits, loss = old_forward(self, *args)
     if self.training:
         calls[0] += 1
-        factor = float('nan') if calls[0] == 6 else 1.0
+        factor = float('nan') if calls[0] == 7 else 1.0
         self.mean.lerp_(logits.detach().abs().mean() * factor, 0.1)
         self.count += 1
         loss = loss * factor

@@ -23,7 +23,8 @@ def test_all_of_it_on_a_cpu(run, tmp_path):
     assert all(verdicts[section] == {''} for section in TIMED), 'a busy CPU is no measure'
     assert {row['section'] for row in rows if ' ms' in row['found']} >= {'speed', 'pace'}
     assert f'{len(rows)} rows in ' in result.out and '0 FAIL' in result.out and 'no time' not in result.out
-    assert not os.listdir(folder), 'it leaves nothing behind'
+    left = [name for name in os.listdir(folder) if not name.startswith('torchinductor_')]  # torch's own, once imported
+    assert not left, 'it leaves nothing behind'
 
 
 @pytest.mark.parametrize('patch, failed', [
