@@ -261,7 +261,7 @@ def update(step, lr):
     """
     optimizer.zero_grad(set_to_none=True)
     bad_steps.begin()
-    torch.manual_seed(batches.torch_seed(seed, step, ranks.rank))  # dropout draws anew, so a resume needs no history
+    devices.seed(device, batches.torch_seed(seed, step, ranks.rank))  # dropout draws anew: a resume needs no history
     loss_of_step = 0.0
     for micro_step in range(micro_steps):
         X, Y, D, parts = get_batch('train', step, micro_step)  # while the device is still at work on the one before

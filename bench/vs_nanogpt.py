@@ -17,8 +17,8 @@ losses    what the recipe's 2,000 steps have learned: flatGPT measures both last
           One seed each, as nanoGPT has no other: it shows a fault, not a hundredth
 
 Each side comes as its README has it: nanoGPT on a CPU with --device=cpu --compile=False, flatGPT with nothing but the
-sizes, so that it chooses format, compiler and threads; and once more both in float32 without a compiler, as nanoGPT
-comes on a CPU. There is no dropout. CUDA_VISIBLE_DEVICES= hides a GPU.
+sizes, so that it chooses format, compiler and threads; once more both in float32 without a compiler, as nanoGPT comes
+on a CPU; and there steps also with --compile=True. There is no dropout. CUDA_VISIBLE_DEVICES= hides a GPU.
 
 A step takes the time between the arrivals of two iter lines / the steps between them, so that all that a side does
 counts: the figure that nanoGPT prints is that of one step in ten, that of flatGPT leaves out what it logs. Lines come
@@ -67,9 +67,11 @@ json = ''           # a file for all figures; '' = none
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 EAGER = ['--dtype=float32', '--compile=False']
 SIDES = {'nanoGPT': [], 'flatGPT': [], 'nanoGPT, float32': EAGER, 'flatGPT, float32': EAGER}  # beside the sizes
+COMPILED = {}  # steps alone are measured so
 if DEVICE.type == 'cpu':
     SIDES['nanoGPT'] = ['--device=cpu', '--compile=False']
     del SIDES['nanoGPT, float32']  # it is float32 already
+    COMPILED = {'nanoGPT, compiled': ['--device=cpu', '--compile=True'], 'flatGPT, compiled': ['--compile=True']}
 
 CASES = {  # what is not as in config/train_shakespeare_char.py, which both have; each has its own length of a run
     'recipe': dict(dataset='shakespeare_char', n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12,
@@ -93,7 +95,7 @@ def run(side, script, words, last=''):
     """
     folder = Path(peer).resolve() if side.startswith('nanoGPT') else ROOT
     cwd = WORK if folder == ROOT else folder  # nanoGPT looks for its own files there
-    command = [sys.executable, '-u', str(folder / script), *words, *SIDES[side]]
+    command = [sys.executable, '-u', str(folder / script), *words, *(SIDES | COMPILED)[side]]
     lines, start = [], time.perf_counter()
     with open(WORK / 'stderr', 'w') as errors:
         process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=errors, encoding='utf-8',
@@ -227,8 +229,9 @@ def in_turn(part):
     """{what: {side: [figure of each turn]}}."""
     measure, n = PARTS[part]
     n, found = n if part == 'losses' else runs or n, {}
+    sides = list(SIDES)[:2] if part == 'batches' else [*SIDES, *COMPILED] if part in CASES else SIDES
     for turn in range(n):
-        for side in list(SIDES)[:2] if part == 'batches' else SIDES:
+        for side in sides:
             for what, figure in measure(side).items():
                 found.setdefault(what, {}).setdefault(side, []).append(figure)
                 print(f'{part}, turn {turn + 1} of {n}, {side}: {number(figure)} {what}', file=sys.stderr)
@@ -244,10 +247,10 @@ def number(figure):
 
 
 def table(part, found):
-    """Lines of the table: for each figure what both have as they come, and in float32."""
+    """Lines of the table: for each figure what both have as they come, in float32, and compiled."""
     case = CASES.get(part, {})
     for what, figures in found.items():
-        for how, end in ('as they come', ''), ('float32', ', float32'):
+        for how, end in ('as they come', ''), ('float32', ', float32'), ('compiled', ', compiled'):
             if f'flatGPT{end}' not in figures:
                 continue
             pair = figures.get(f'nanoGPT{end}', figures['nanoGPT']), figures[f'flatGPT{end}']

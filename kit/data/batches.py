@@ -18,7 +18,7 @@ def generator(*key):
 
 
 def torch_seed(*key):
-    """A 63-bit seed for torch.manual_seed from a key of non-negative ints."""
+    """A 63-bit seed for torch's generators from a key of non-negative ints."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -30,7 +30,7 @@ def watched(get_batch, update, model, bad_steps, scaler, micro_steps, seed, leav
         figures, norms = update(step, lr)
         if bad_steps.is_bad:
             at_fault = gradients.at_fault(model, norms)
-            torch.manual_seed(batches.torch_seed(seed, step, ranks.rank))
+            devices.seed(device, batches.torch_seed(seed, step, ranks.rank))
             found = make_again(model, (get_batch('train', step, i) for i in range(micro_steps)), scaler,
                                device, dtype)
             for rank, words in enumerate(ranks.from_all(found)):
