@@ -251,6 +251,12 @@ def test_the_bench(run, tmp_path):
     assert run('bench/sampling.py', '--prompt=200').status == 2  # the window would be read anew
 
 
+def test_without_a_compiler_it_writes_uncompiled_and_says_so(sample, monkeypatch):
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    out = sample('--start=the', '--max_new_tokens=5', '--compile')
+    assert 'compile: False (on a CPU it takes a C++ compiler, and there is no no-such-compiler' in out
+
+
 @pytest.mark.long
 def test_compiled_texts_are_the_eager(sample):
     """torch.compile on the CPU takes a C++ compiler and half a minute."""

@@ -193,15 +193,23 @@ def test_threads_on_the_command_line(train, run):
 ])
 def test_compiling_goes_by_the_time_of_the_run(monkeypatch, wanted, device, seconds, chosen, why):
     monkeypatch.setattr(overrides, 'given', {'compile'})
+    monkeypatch.setattr(devices.shutil, 'which', lambda name: name)
     found, reason = devices.choose_compile(wanted, device, seconds)
     assert found is chosen and why in reason
+
+
+@pytest.mark.parametrize('wanted', [True, None])
+def test_without_a_compiler_nothing_is_compiled_on_a_cpu(monkeypatch, wanted):
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    found, reason = devices.choose_compile(wanted, CPU, 1e9)
+    assert not found and 'no-such-compiler' in reason
 
 
 COMPILED = '''
 import torch
 from kit.base import devices
 from kit.run import first_look
-devices.COMPILE_FROM_SECONDS = 0
+devices.COMPILE_FROM_SECONDS, devices.shutil.which = 0, lambda name: name
 calls = []
 def compiled(self, mode):
     {fails}

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -261,6 +262,9 @@ def choose_compile(wanted, device, seconds):
     wanted: True, False, or None = decide. seconds: of the whole run, as it would be without. -> (whether to try
     torch.compile, why).
     """
+    compiler = os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++')  # as torch has it
+    if device.type == 'cpu' and wanted is not False and not shutil.which(compiler) and sys.platform != 'win32':
+        return False, f'on a CPU it takes a C++ compiler, and there is no {compiler}; CXX names another'
     if wanted is not None:
         return wanted, who_chose('compile')
     if device.type == 'mps':
