@@ -118,6 +118,7 @@ def choose_threads(s, timed, flops):
     if not s['threads'] and os.environ.get('OMP_NUM_THREADS'):
         why = 'OMP_NUM_THREADS'
     elif not s['threads'] and n > 1 and ranks.world_size == 1 and flops < THREADS_BELOW_FLOPS:
+        in_ms(timed, threads=1)  # the first with another number is slow: oneDNN makes its kernels anew
         several = one = 0.0
         n_passes = 0
         while n_passes < PASSES and max(one, several) <= CLEAR * min(one, several):
