@@ -227,13 +227,13 @@ def before_steps(actions):
     """Call functions before the updates of some steps, {step: function}. Each update seeds torch once."""
     import itertools
 
-    import torch
-    seed, steps = torch.manual_seed, itertools.count(-1)  # the first weights are seeded too
+    from kit.base import devices
+    seed, steps = devices.seed, itertools.count()
 
-    def counted(number):
+    def counted(device, number):
         actions.get(next(steps), int)()
-        return seed(number)
-    torch.manual_seed = counted
+        return seed(device, number)
+    devices.seed = counted
 
 
 def count_waits():
