@@ -198,8 +198,8 @@ def test_what_a_run_deletes_meanwhile(run, folder, name, steps):
 
 def test_beside_a_run_that_prunes(run, tiny):
     """A save and a deletion in every step; whatever there is at that moment is averaged."""
-    words = [sys.executable, str(ROOT / 'train.py'), '--dataset=tiny', *TINY, '--max_iters=100000', '--save_interval=1',
-             '--eval_interval=0', '--log_interval=0', '--keep_last=3']
+    words = [sys.executable, str(ROOT / 'train.py'), '--dataset=tiny', *TINY, '--max_iters=100000', '--compile=False',
+             '--save_interval=1', '--eval_interval=0', '--log_interval=0', '--keep_last=3']
     training = subprocess.Popen(words, cwd=tiny, env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL)
     try:
         while not list((tiny / 'checkpoints').glob('step_*[1-9]?.pt')) and training.poll() is None:

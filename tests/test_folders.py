@@ -198,7 +198,8 @@ def test_a_kill_after_a_save_loses_no_record(train, tiny, interval, dtype):
     """And the shares of clipped updates, told at each iter line, are those of the run that was not killed."""
     args = [f'--log_interval={interval}', '--eval_interval=0', '--save_interval=20', '--grad_clip_quantile=0.5',
             '--decay_lr=False', f'--dtype={dtype}']
-    command = [sys.executable, ROOT / 'train.py', '--dataset=tiny', *TINY, *args, '--max_iters=100000', '--out_dir=cut']
+    command = [sys.executable, ROOT / 'train.py', '--dataset=tiny', *TINY, *args, '--max_iters=100000',
+               '--compile=False', '--out_dir=cut']
     process = subprocess.Popen(command, cwd=tiny, stdout=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '1'})
     while not (tiny / 'cut/step_0000060.pt').exists():
         assert process.poll() is None

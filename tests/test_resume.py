@@ -303,7 +303,8 @@ FULL_DISK = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000,
 
 def test_save_errors_stop(hooked, tiny):
     pytest.importorskip('resource')
-    result = hooked(FULL_DISK, '--save_errors=stop', '--max_iters=100000', '--eval_interval=0', '--save_interval=5')
+    result = hooked(FULL_DISK, '--save_errors=stop', '--max_iters=100000', '--compile=False', '--eval_interval=0',
+                    '--save_interval=5')
     assert result.status == 1 and result.err.count('\n') == 1 and 'no checkpoint was saved' in result.err
     assert 5 <= len(losses(result)) < 100_000, 'it goes on until the write has failed'
 
