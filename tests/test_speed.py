@@ -136,9 +136,8 @@ def passes(monkeypatch, capsys):
             slow = 9 if len(timed) == 1 else 1  # the first one warms up, which must not speak against one thread
             return slow * (one if now[0] == 1 else several) / 1000, 0.0
         s = {'threads': threads}
-        seconds = first_look.choose_threads(s, one_pass, flops)
+        first_look.choose_threads(s, one_pass, flops)
         assert s['threads'] == now[0]
-        assert seconds == (pytest.approx((one if now[0] == 1 else several) / 1000) if timed else None)
         return now[0], len(timed), capsys.readouterr().out
     return choose
 
@@ -296,8 +295,9 @@ def test_the_clock_sums_up_all_of_its_time(monkeypatch):
 # memory that tensors free
 
 FAULTS = '''
-import resource, torch
+import ctypes, resource, torch
 from kit.base import devices
+{before}
 devices.choose_device('cpu')
 def pass_():
     kept = [torch.ones(5 * 2**20) for _ in range(5)]  # 20 MB each, freed together
@@ -311,11 +311,12 @@ print('faults', (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) //
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries keep what is freed as they please')
-@pytest.mark.parametrize('variables, many', [({}, False), ({'MALLOC_MMAP_THRESHOLD_': '131072'}, True)])
-def test_freed_memory_is_there_for_the_next_step(variables, many):
+@pytest.mark.parametrize('before, variables, many', [
+    ('ctypes.CDLL(None).mallopt(-3, 131072)', {}, False), ('', {'MALLOC_MMAP_THRESHOLD_': '131072'}, True)])
+def test_freed_memory_is_there_for_the_next_step(before, variables, many):
     """Given back to the system, 100 MB come again in 25,600 page faults; what the environment sets is left alone."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
-    done = subprocess.run([sys.executable, '-c', FAULTS], cwd=ROOT, env=bare | variables,
+    done = subprocess.run([sys.executable, '-c', FAULTS.format(before=before)], cwd=ROOT, env=bare | variables,
                           capture_output=True, text=True, check=True)
     faults = int(done.stdout.rpartition('faults ')[2])
     assert faults > 1000 if many else faults < 100, faults

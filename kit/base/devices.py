@@ -119,7 +119,7 @@ def keep_freed_memory():
         return
     with suppress(AttributeError):  # musl has no such function
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: larger ones come and go; more than this glibc does not take
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: larger ones come and go; the most that mallopt(3) allows
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 

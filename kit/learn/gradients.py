@@ -137,7 +137,7 @@ class BadSteps:
         in_a_row, since_line = self.state.bad_steps
         self.state.bad_steps = torch.stack([(in_a_row + 1) * self.is_bad, since_line + self.is_bad])
         self.norms = torch.where(self.is_bad, norms, self.norms)
-        for before, buffer in zip(self.buffers, self.model.buffers()):
+        for before, buffer in zip(self.buffers, self.model.buffers()):  # so: a model is not searched where it has none
             buffer.copy_(torch.where(is_good, buffer, before))
         self.scaler.update(self.scaler.get_scale() if self.scaler.is_enabled() and self.is_bad else None)
 

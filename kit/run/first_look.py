@@ -80,8 +80,9 @@ def choose(s, model, raw_model, batch, micro_steps, n_steps, device, dtype):
     """
     timed = partial(one_pass, model, raw_model, batch, device, dtype)
     flops = raw_model.flops_per_token() * batch[0].numel()
-    seconds = choose_threads(s, timed, flops) if device.type == 'cpu' else None
-    seconds = seconds or seconds_of(timed)
+    if device.type == 'cpu':
+        choose_threads(s, timed, flops)
+    seconds = seconds_of(timed)
     whole_run = 60 * s['max_minutes'] if s['max_minutes'] and not s['find_lr'] else seconds * micro_steps * n_steps
     is_compiled, why = devices.choose_compile(s['compile'], device, whole_run)
     if is_compiled:
@@ -111,9 +112,8 @@ def choose(s, model, raw_model, batch, micro_steps, n_steps, device, dtype):
 def choose_threads(s, timed, flops):
     """
     Choose s['threads'] where that is 0, and print it: all that torch takes, or one, where several wait for each other,
-    as they do on a machine with other work. flops: of a pass. Returns its seconds, None where none was timed.
+    as they do on a machine with other work. flops: of a pass.
     """
-    seconds = None
     n, why = torch.get_num_threads(), devices.who_chose('threads') if s['threads'] else 'all there are'
     if not s['threads'] and os.environ.get('OMP_NUM_THREADS'):
         why = 'OMP_NUM_THREADS'
@@ -128,11 +128,9 @@ def choose_threads(s, timed, flops):
         why = f'a pass takes {several / n_passes:.1f}ms with {n}, {one / n_passes:.1f}ms with one'
         n = 1 if one < ONE_IS_FASTER * several else n
         torch.set_num_threads(n)
-        seconds = (one if n == 1 else several) / n_passes / 1000
     print(f'threads: {n} ({why})')
     if ranks.world_size == 1:  # how many one of several has says nothing of one alone
         s['threads'] = n
-    return seconds
 
 
 def in_ms(timed, threads):
