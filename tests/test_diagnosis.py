@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import hooked_script, some_text
+from conftest import GPT2, hooked_script, some_text
 
 from kit.watch import diagnosis, runlogs
 from kit.watch.diagnosis import History
@@ -76,13 +76,16 @@ devices.send = lambda array, device: (
 
 SICKNESSES = {  # name: (what is planted, settings, what is found, the command that is advised)
     'a rate 100 times too large': ('', ['--learning_rate=0.3'], 'rate too large', '--learning_rate=0.03'),
-    'a rate 100 times too small': ('', ['--learning_rate=3e-5', '--min_lr=3e-6'], 'rate too small',
-                                   '--learning_rate=0.0003'),
+    'a rate 100 times too small': ('', ['--learning_rate=3e-5', '--min_lr=3e-6', '--optimizer=adamw'],
+                                   'rate too small', '--learning_rate=0.0003'),
+    "Muon's rate 100 times too large": ('', ['--optimizer=muon:1.5'], 'rate too large', '--optimizer=muon:0.15'),
+    'all rates 100 times too small': ('', ['--learning_rate=3e-5', '--min_lr=3e-6', '--optimizer=muon:1.5e-4'],
+                                      'rate too small', '--learning_rate=0.0003 --optimizer=muon:0.0015'),
     'dropout off, a tiny text': ('', ['--dataset=short', '--batch_size=16'], 'overfitting', '--dropout=0.2'),
     'frozen layers': (IN_INIT.format('[p.requires_grad_(False) for p in self.transformer.h.parameters()]'), [],
                       'layers without gradient', 'h.0, h.1'),
-    'an exploding initialisation': (IN_INIT.format('[p.data.mul_(30) for p in self.parameters() if p.dim() > 1]'), [],
-                                    'first loss', 'model.py'),
+    'an exploding initialisation': (IN_INIT.format('[p.data.mul_(30) for p in self.parameters() if p.dim() > 1]'),
+                                    ['--architecture=gpt2'], 'first loss', 'model.py'),
     'shuffled targets': (IN_FORWARD.format(SHUFFLE), [], 'no use of the context', '--dry_run'),
     'constant data': ('', ['--dataset=constant'], 'nothing to learn', '--dry_run'),
     'clipped always': ('', ['--grad_clip=0.01'], 'clipped always', '--grad_clip=1.'),
@@ -99,7 +102,7 @@ SICKNESSES = {  # name: (what is planted, settings, what is found, the command t
     'an initialisation that drowns a layer': (
         IN_INIT.format('self.transformer.h[1].attn.c_proj.weight.data.zero_(); '
                        'self.transformer.h[1].mlp.c_proj.weight.requires_grad_(False).zero_(); '
-                       'self.transformer.h[1].attn.c_proj.weight.requires_grad_(False)'), [],
+                       'self.transformer.h[1].attn.c_proj.weight.requires_grad_(False)'), ['--architecture=gpt2'],
         'layers without gradient', 'h.1'),
     'a model too small': ('', ['--n_layer=1', '--n_head=1', '--n_embd=4', '--max_iters=2000', '--decay_lr=False',
                                '--learning_rate=0.01', '--eval_interval=400', '--log_interval=25'], 'plateau',
@@ -109,7 +112,8 @@ HEALTHY = {
     'as it is': [], 'another seed': ['--seed=2'], 'a third': ['--seed=3'], 'smaller': ['--n_embd=32'],
     'larger': ['--n_embd=96', '--n_layer=3', '--max_iters=250', '--learning_rate=2e-3'],
     'longer rows': ['--block_size=64', '--batch_size=4'], 'dropout': ['--dropout=0.1'],
-    'a constant rate': ['--decay_lr=False', '--learning_rate=1e-3'],
+    'GPT-2, AdamW': GPT2, 'GPT-2, Muon': ['--architecture=gpt2'], 'modern, AdamW': ['--optimizer=adamw'],
+    "Muon's default rate": ['--optimizer=muon'], 'a constant rate': ['--decay_lr=False', '--learning_rate=1e-3'],
     'accumulated': ['--batch_size=4', '--gradient_accumulation_steps=2'], 'shuffled epochs': ['--sampling=shuffle'],
     'biases, and longer': ['--bias=True', '--max_iters=600'], 'other text': ['--dataset=other'],
 }
@@ -347,8 +351,10 @@ def test_a_run_has_diverged(losses, vals, is_diverged):
         assert 'a fair guess among 65 ids has 4.1744' in line and '--learning_rate=0.03' in line and '--find_lr' in line
 
 
-@pytest.mark.parametrize('args', [['--learning_rate=1e6'], ['--learning_rate=1e30', '--save_interval=1'],
-                                  ['--learning_rate=1e6', '--grad_clip=0', '--eval_interval=0', '--max_iters=3']])
+@pytest.mark.parametrize('args', [['--learning_rate=1e6', *GPT2],
+                                  ['--learning_rate=1e30', '--optimizer=muon:1e30', '--save_interval=1'],
+                                  [*GPT2, '--learning_rate=1e6', '--grad_clip=0', '--eval_interval=0',
+                                   '--max_iters=3']])
 def test_a_short_run_that_diverges_ends_with_its_verdict(train, run, trained, args):
     """Shorter than max_bad_steps; and no command is offered that has nothing to work with."""
     result = train(*args, '--warmup_iters=0', '--out_dir=short')

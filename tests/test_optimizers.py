@@ -15,10 +15,10 @@ from kit.learn import optimizer_state, optimizers
 MAKE = '''
 import torch
 from kit.learn import optimizers
-def make(model, weight_decay, lr, betas):
+def make(text, model, weight_decay, lr, betas, dtype):
     p = [p for p in model.parameters() if p.requires_grad]
     return {line}
-optimizers.adamw = make
+optimizers.make = make
 '''
 NADAM = MAKE.format(line='torch.optim.NAdam(p, lr=lr, betas=betas, weight_decay=weight_decay)')
 FUSED_SGD = MAKE.format(line='torch.optim.SGD(p, lr=lr, momentum=0.9, fused=True)')
@@ -213,11 +213,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('name', ['shorter', 'transposed'])
-def test_a_damaged_state_is_one_line(train, trained, name):
+def test_a_damaged_state_is_one_line(train, trained_gpt2, name):
     damage, words = DAMAGES[name]
-    saved = state(trained)
+    saved = state(trained_gpt2)
     damage(saved['optimizer'])
-    torch.save(saved, trained / 'ckpt.pt')
+    torch.save(saved, trained_gpt2 / 'ckpt.pt')
     result = train('--init_from=resume', '--max_iters=12')
     assert result.status == 2 and result.err.count('\n') == 1, result.err
     assert re.search(words, result.err) and '--init_from=FILE.pt' in result.err
@@ -473,7 +473,7 @@ class Holds(torch.optim.Optimizer):
             self.state[p]['n'] = self.state[p].get('n', 0) + 1
             p.data.sub_(self.param_groups[0]['lr'] * p.grad)
         print('a step of it')
-optimizers.adamw = lambda model, weight_decay, lr, betas: Holds(list(model.parameters()), lr)
+optimizers.make = lambda text, model, weight_decay, lr, betas, dtype: Holds(list(model.parameters()), lr)
 """
     whole = hooked(code, '--out_dir=whole')
     (tiny / 'cut').mkdir()

@@ -143,7 +143,7 @@ def everything(folder):
 
 
 def test_the_files_and_the_words(train, tiny):
-    result = train('--find_lr', '--out_dir=new/lr')
+    result = train('--find_lr', '--out_dir=new/lr', '--learning_rate=2e-3', '--optimizer=muon:0.015')
     assert result.status == 0 and result.err == ''
     rows = table(tiny / 'new/lr')
     rates = [row['learning_rate'] for row in rows]
@@ -154,7 +154,8 @@ def test_the_files_and_the_words(train, tiny):
     first, lowest = rows[0]['smoothed_loss'], min(rows, key=lambda row: row['smoothed_loss'])
     flat = next(row for row in rows if first - row['smoothed_loss'] >= 0.95 * (first - lowest['smoothed_loss']))
     best = min(lowest['learning_rate'], 3 * flat['learning_rate'])
-    assert f'\nsuggested: {best:.1e} (--learning_rate={best:.1e} --min_lr={best / 10:.1e})\n' in result.out, result.out
+    words = f'--learning_rate={best:.1e} --min_lr={best / 10:.1e} --optimizer=muon:{7.5 * best:.1e}'
+    assert f'\nsuggested: {best:.1e} ({words})\n' in result.out, result.out
     assert {path.name for path in (tiny / 'new/lr').iterdir()} == {'lr_finder.csv', 'lr_finder.png'}
     assert 'iter 0' not in result.out and 'saving' not in result.out
 
@@ -162,12 +163,13 @@ def test_the_files_and_the_words(train, tiny):
 def test_the_rates_reach_the_optimizer_and_the_first_loss_is_that_of_a_run(hooked, train, tiny):
     spy = ('import json\nfrom kit.learn import optimizers\nold = optimizers.step\n'
            'def step(optimizer, is_good):\n'
-           '    print(json.dumps({g["lr"] for g in optimizer.param_groups}, default=list), file=open("rates", "a"))\n'
+           '    print(json.dumps([g["lr"] for g in optimizer.param_groups]), file=open("rates", "a"))\n'
            '    old(optimizer, is_good)\n'
            'optimizers.step = step')
-    hooked(f'{SHORT}\n{spy}', '--find_lr', '--find_lr_end=1e-2')
+    hooked(f'{SHORT}\n{spy}', '--find_lr', '--find_lr_end=1e-2', '--learning_rate=1e-3', '--optimizer=muon:5e-3')
     rows = table(tiny / 'checkpoints')
-    assert [json.loads(line) for line in open(tiny / 'rates')] == [[row['learning_rate']] for row in rows]
+    rates = [row['learning_rate'] for row in rows]
+    assert [json.loads(line) for line in open(tiny / 'rates')] == [[5 * rate, rate, rate] for rate in rates]
     train('--out_dir=a')
     assert rows[0]['loss'] == records(tiny / 'a')[1]['loss']
 

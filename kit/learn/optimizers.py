@@ -1,21 +1,136 @@
 """The optimizer of a model, which parameters decay, and a step that is left out where a number is not finite."""
 
 import inspect
+import math
 
 import torch
 
-from kit.base.errors import fail
+from kit.base.errors import fail, shown
+from kit.base.overrides import nearest
+
+MOMENTUM = 0.95        # of Muon: the memory of its mean gradient
+FIRST_MOMENTUM = 0.85  # with which it begins,
+WARMUP = 300           # and its steps from the one to the other
+NEWTON_SCHULZ = 5 * [(3.4445, -4.7750, 2.0315)]  # coefficients of its iterations
+
+
+def make(text, model, weight_decay, learning_rate, betas, dtype):
+    """
+    The optimizer that the setting names: 'adamw', or 'muon:0.02', which is Muon with such a rate for the matrices in
+    the blocks and AdamW for all else. dtype: in which the run computes.
+    """
+    name, rate = parse(text)
+    if name == 'adamw':
+        return adamw(model, weight_decay, learning_rate, betas)
+    matrices = model.hidden_matrices()
+    if not matrices:
+        fail(f'optimizer = {text!r}: this model has no matrices in its blocks for Muon; --optimizer=adamw')
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    return Muon(matrices, others, learning_rate, rate / learning_rate, weight_decay, betas,
+                torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
+
+
+def parse(text):
+    """'muon:0.02' -> ('muon', 0.02); one line where it is no optimizer."""
+    name, is_given, number = text.partition(':')
+    if name not in ('adamw', 'muon'):
+        fail(f'optimizer = {shown(text)}: there is no such optimizer{nearest(name, ["adamw", "muon"])}; there are '
+             'adamw and muon:0.02')
+    if name == 'adamw':
+        if is_given:
+            fail(f'optimizer = {shown(text)}: the rate of adamw is learning_rate; --optimizer=adamw')
+        return name, None
+    try:
+        rate = float(number) if is_given else 0.02
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < math.inf:
+        fail(f'optimizer = {shown(text)}: {shown(number)} is no rate, which is above 0, as in --optimizer=muon:0.02')
+    return name, rate
 
 
 def adamw(model, weight_decay, learning_rate, betas):
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
+    return torch.optim.AdamW(decay_groups(model.parameters(), weight_decay), lr=learning_rate, betas=betas, fused=True)
+
+
+def decay_groups(params, weight_decay):
     """
-    AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101). Matrices and embeddings decay; biases and LayerNorm gains,
-    which have one dimension, do not. The groups and their order are nanoGPT's, so its optimizer states load.
+    Matrices and embeddings decay; biases, gains and scalars, which have one dimension or none, do not. The groups and
+    their order are nanoGPT's, so its optimizer states load.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
-              {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    params = [p for p in params if p.requires_grad]
+    return [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+            {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+
+
+class Muon(torch.optim.AdamW):
+    """
+    AdamW, but the matrices in the blocks are moved by Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon):
+    what a step takes from such a matrix is its mean gradient with all singular values brought to about 1, so that no
+    direction drowns in a stronger one.
+
+    torch.optim.Muon moves one matrix after the other, to the same effect. Here those of one shape go together, a bad
+    step is skipped on the device (found_inf), the momentum warms up, and everything else is AdamW's.
+    """
+
+    def __init__(self, matrices, others, lr, lr_factor, weight_decay, betas, dtype):
+        """lr_factor: the rate of the matrices is that of the others times this; dtype: of Muon's matrix products."""
+        own = {'params': matrices, 'weight_decay': weight_decay, 'lr_factor': lr_factor}
+        super().__init__([own, *decay_groups(others, weight_decay)], lr=lr, betas=betas, fused=True)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        own, *others = self.param_groups
+        self.param_groups = others
+        super().step()
+        self.param_groups = [own, *others]
+        by_shape = {}
+        for p in own['params']:
+            if p.grad is not None:
+                by_shape.setdefault((min(p.shape), max(p.shape)), []).append(p)
+        for params in by_shape.values():
+            self.move(params, own['lr'], own['weight_decay'])
+
+    def move(self, params, lr, weight_decay):
+        """Move matrices of one shape, some of which may stand where the others lie."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros((), device=p.device), momentum_buffer=torch.zeros_like(p))
+        counts, buffers = ([self.state[p][name] for p in params] for name in ('step', 'momentum_buffer'))
+        gradients, is_good = [p.grad for p in params], 1.0
+        if getattr(self, 'grad_scale', None) is not None:
+            gradients = torch._foreach_div(gradients, self.grad_scale)
+        if getattr(self, 'found_inf', None) is not None:
+            is_good = 1.0 - self.found_inf
+            gradients = [gradient.masked_fill(self.found_inf > 0, 0.0) for gradient in gradients]  # NaN times 0 is NaN
+        n, momentum = len(params), FIRST_MOMENTUM + (MOMENTUM - FIRST_MOMENTUM) * (counts[0] / WARMUP).clamp(max=1.0)
+        torch._foreach_lerp_(buffers, gradients, n * [(1 - momentum) * is_good])
+        updates = torch._foreach_lerp(gradients, buffers, n * [momentum])  # Nesterov's
+        updates = orthogonal(torch.stack([laid(x, p).to(self.dtype) for x, p in zip(updates, params)])) * is_good
+        scales = [math.sqrt(max(1, p.size(0) / p.size(1))) for p in params]
+        torch._foreach_mul_(params, 1 - lr * weight_decay * is_good)
+        for p, update, scale in zip(params, updates, scales):
+            p.add_(laid(update, p), alpha=-lr * scale)
+        torch._foreach_add_(counts, n * [is_good])
+
+
+def laid(x, p):
+    """x, transposed where the matrix p has more rows than columns: so all of one size lie, and stand again."""
+    return x.mT if p.size(0) > p.size(1) else x
+
+
+def orthogonal(x):
+    """
+    Each of x (n, rows, columns), no more rows than columns, with its singular values brought to 0.7 to 1.2, those of
+    less than a hundredth of their norm to less: Newton-Schulz iterations.
+    """
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # none is above 1
+    for a, b, c in NEWTON_SCHULZ:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 def clip(optimizer, parameters, norm, limit, most):
@@ -54,7 +169,7 @@ def takes_verdict(optimizer, device):
     if not getattr(optimizer, '_step_supports_amp_scaling', False) or kind is torch.optim.SGD or device.type == 'mps':
         return False  # fused SGD leaves its momentum unset after a bad first step; on mps it could not be tried
     # what is written around torch's step, or called by it, may do more
-    is_plain = kind.step.__module__.startswith('torch.optim') and 'step' not in vars(optimizer)
+    is_plain = kind.step.__module__.startswith(('torch.optim', __name__)) and 'step' not in vars(optimizer)
     has_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     return is_plain and not has_hooks and all(group['fused'] for group in optimizer.param_groups)
 

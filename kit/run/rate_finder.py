@@ -54,10 +54,11 @@ class RangeTest:
         return len(self.losses) == self.steps or not mean <= self.lowest + DIVERGED  # a NaN is no number below
 
 
-def run(update, step, bad_steps, start, end, out_dir):
+def run(update, step, bad_steps, start, end, out_dir, lr_factors):
     """
     Make steps with rates from start to end, or to where the loss diverges, and report. update: of train.py; step: the
-    first; bad_steps: a gradients.BadSteps, whose loss counts as none.
+    first; bad_steps: a gradients.BadSteps, whose loss counts as none; lr_factors: of the optimizer's groups, whose
+    rates climb side by side.
     """
     if not LOWEST <= start < end <= HIGHEST:
         fail(f'find_lr_start = {start:g}, find_lr_end = {end:g}: nothing is learned at such rates; {LOWEST:g} to '
@@ -67,7 +68,7 @@ def run(update, step, bad_steps, start, end, out_dir):
         figures, _ = update(step, test.rate())
         is_over = test.take(math.nan if bad_steps.is_bad else figures['loss'].item())
         step += 1
-    ranks.from_main(lambda: report(test, out_dir))
+    ranks.from_main(lambda: report(test, out_dir, max(lr_factors)))
 
 
 def smoothed(losses, width):
@@ -109,13 +110,17 @@ def suggestion(test):
         f'{test.rates[flat]:.1e} on' + (f'; it diverges at {last}' if len(test.losses) < test.steps else ''))
 
 
-def report(test, out_dir):
-    """Print what the test says, and write lr_finder.csv and lr_finder.png into out_dir."""
+def report(test, out_dir, muon=1.0):
+    """
+    Print what the test says, and write lr_finder.csv and lr_finder.png into out_dir. muon: its rate, in learning rates.
+    """
     from kit.watch import pictures
     rate, words = suggestion(test)
     curve = smoothed(test.losses, WIDTH * test.steps)
     print(f'{len(test.losses)} steps, rates from {test.rates[0]:.1e} to {test.rates[-1]:.1e}: {words}')
-    print(f'suggested: {rate:.1e} (--learning_rate={rate:.1e} --min_lr={rate / 10:.1e})' if rate else 'no suggestion')
+    words = f' --optimizer=muon:{muon * rate:.1e}' if rate and muon != 1 else ''
+    print(f'suggested: {rate:.1e} (--learning_rate={rate:.1e} --min_lr={rate / 10:.1e}{words})' if rate else
+          'no suggestion')
     if rate:
         print(LIMITS)
     text = io.StringIO()

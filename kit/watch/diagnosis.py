@@ -26,6 +26,7 @@ CLIPPED_TIMES = 5.0    # times grad_clip: AdamW does not mind a norm of 2 clippe
 CLIPPED_SHARE = 0.9    # but a limit that far below the norm, at nearly all updates, is a mistake
 LAYER_LOW = 1e-3       # of the median layer's norm; LayerNorm's, the smallest of the healthy ones, is 0.02
 RATIO_HIGH = 0.03      # update / weights in the blocks: 0.001 to 0.014 while a healthy rate is high,
+MUON_RATIO_HIGH = 0.12  # where Muon moves them: up to 0.09 at ten times a good rate, 0.16 and more at a hundred times
 GAIN_RATIO_HIGH = 0.006  # and in the last norm layer, whose gains are 1: up to 0.002, and from 0.01 in sick runs
 RATE_HOPELESS = 0.03   # no run was healthy with a rate above it
 RATIO_LOW = 8e-4       # in the blocks at best: a 30th of a good rate has 0.0007, a 100th 0.0003
@@ -304,8 +305,9 @@ def overfitting(h):
 def rate_too_large(h):
     ratios = h.layers('update_ratio') if h.step() >= h.facts.get('warmup_iters', 0) else {}
     blocks, gains = ([ratio for name, ratio in ratios.items() if kind(name)] for kind in (is_block, is_norm))
-    if blocks and np.median(blocks) > RATIO_HIGH or gains and gains[-1] > GAIN_RATIO_HIGH:
-        moved = [f'the blocks by {np.median(blocks):.1%} of their weights (0.1% to 1.4% is healthy)'] if blocks else []
+    high, healthy = (MUON_RATIO_HIGH, '0.2% to 8%') if muon(h, 1) else (RATIO_HIGH, '0.1% to 1.4%')
+    if blocks and np.median(blocks) > high or gains and gains[-1] > GAIN_RATIO_HIGH:
+        moved = [f'the blocks by {np.median(blocks):.1%} of their weights ({healthy} is healthy)'] if blocks else []
         moved += [f'the gains of the last LayerNorm by {gains[-1]:.1%} (up to 0.2%)'] if gains else []
         return (f'an update moves {" and ".join(moved)}. Little can be learned in leaps like these: '
                 f'{lower_rate(h)}')
@@ -325,7 +327,7 @@ def rate_too_small(h):
     loss = np.median(losses[-50:]) if len(losses) else 0
     if known and ratio < RATIO_LOW and loss > known * (1 - NO_CONTEXT):
         return (f'the loss is {loss:.4f} after {h.step()} updates, and the frequencies of the tokens alone would give '
-                f'{known:.4f}; an update moves the blocks by {ratio:.3%} of their weights at best (0.1% to 1.4% is '
+                f'{known:.4f}; an update moves the blocks by {ratio:.3%} of their weights at best (0.1% and more is '
                 f'healthy): {higher_rate(h)}')
 
 
@@ -427,11 +429,18 @@ def was_found(h, name):
 
 def lower_rate(h):
     rate = h.facts.get('learning_rate')
-    return f'--learning_rate={nice(min(rate / 10, RATE_HOPELESS))}' if rate else 'a lower rate'
+    return f'--learning_rate={nice(min(rate / 10, RATE_HOPELESS))}{muon(h, 0.1)}' if rate else 'a lower rate'
 
 
 def higher_rate(h):
-    return f'--learning_rate={nice(h.facts["learning_rate"] * 10)}' if 'learning_rate' in h.facts else 'a higher rate'
+    rate = h.facts.get('learning_rate')
+    return f'--learning_rate={nice(rate * 10)}{muon(h, 10)}' if rate else 'a higher rate'
+
+
+def muon(h, factor):
+    """Muon's rate times a factor, as a setting; '' where the optimizer is another."""
+    name, _, rate = str(h.facts.get('optimizer', '')).partition(':')
+    return f' --optimizer=muon:{nice(float(rate or 0.02) * factor)}' if name == 'muon' else ''
 
 
 def longer_warmup(h):
