@@ -1,31 +1,24 @@
 """
-The GPT-2 model, whole: its configuration, its blocks, its loss, and how it writes text. No other file knows the name or
-the shape of a parameter (but for the exchange with other formats), so a change of the model is a change here.
+GPT, whole: its configuration, its blocks, its loss, and how it writes text. No other file knows the name or the shape
+of a parameter (but for the exchange with other formats), so a change of the model is a change here.
 
-Every parameter has the name and the shape that nanoGPT gives it, and the arithmetic is the same, so that checkpoints
-go from one to the other. Shapes: B rows in a batch, T tokens in a row, C = n_embd channels, V = vocab_size.
-
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") is as in nanoGPT: names, shapes and
+arithmetic, so that checkpoints go from one to the other. B rows of T tokens, C = n_embd channels, V = vocab_size.
 """
 
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from itertools import count
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention import sdpa_kernel
 
-if torch.cuda.is_available():
-    flex_attention = torch.compile(flex_attention)  # only then does it skip what is masked
+from attention import WITHOUT_CUDNN, WRITTEN_OUT_TO, Dropout, attend, attention_weights, inside_documents
 
-# torch's kernels for attention but cuDNN's, which is the fastest on an H100 and takes 82 ms for a plan each time that a
-# cache has grown; and its backward pass gave NaN where a mask comes with rows of 64 or 192 tokens
-WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-WRITTEN_OUT_TO = 256  # tokens in a row: attention in bfloat16 on a CPU, see attend
 NANOGPT = 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'  # fields of its GPTConfig
 
 
@@ -43,20 +36,38 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True               # biases in the linear layers and LayerNorms, as in GPT-2; without is a bit faster
-    gelu_approximate: str = 'none'  # 'tanh' is what OpenAI's weights were trained with
     causal: bool = True             # False: tokens look both ways, to fill masks (BERT); such a model cannot write
+    # the architecture, by presets and by these names; the defaults are GPT-2's
+    gelu_approximate: Literal['none', 'tanh'] = 'none'  # tanh is what OpenAI's weights were trained with
+    position: Literal['learned', 'rope'] = 'learned'  # a vector for each, or queries and keys turned by an angle
+    embed_norm: bool = False        # the embeddings are normalized, too
+    qk_norm: bool = False           # queries and keys are, so that no logit of the attention explodes
+    mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'  # what stands between its two matrices
+    zero_init: bool = False         # what is added to the residual stream begins as nothing
+    tied: bool = True               # one matrix reads the tokens and predicts them
+    input_shortcut: bool = False    # each block gets the embeddings once more, times a number that it learns
+    # tables for vocabularies of no more ids than this:
+    value_embeddings: int = 0       # of each layer: what a token by itself gives to those that look at it
+    bigrams: int = 0                # what follows a token, whatever was before: logits (V, V)
 
-    # no fields: names of those that weights do not depend on, so that a resume may change them; and of those that may
-    # change where a new run begins with the weights of another, see GPT.fitted
-    FREE = 'dropout',
-    RESIZABLE = 'block_size',
+    PRESETS = {  # this and what follows are no fields
+        'gpt2': dict(position='learned', embed_norm=False, qk_norm=False, mlp='gelu', zero_init=False, tied=True,
+                     input_shortcut=False, value_embeddings=0, bigrams=0),
+        'modern': dict(position='rope', embed_norm=True, qk_norm=True, mlp='gelu', zero_init=True, tied=False,
+                       input_shortcut=True, value_embeddings=512, bigrams=512),
+    }
+    FREE = 'dropout',  # weights do not depend on it: a resume may change it
+    RESIZABLE = 'block_size',  # may change where a new run begins with the weights of another, see GPT.fitted
 
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
+            if get_args(f.type) and value not in get_args(f.type):
+                raise ValueError(f'{f.name} = {value!r} should be one of {", ".join(get_args(f.type))}')
             if f.type in (int, float, bool, str) and not isinstance(value, (int, float) if f.type is float else f.type):
                 raise ValueError(f'{f.name} = {value!r} should be of type {f.type.__name__}')
-        self.n_head = self.n_head or default_heads(self.n_embd)
+        # one head per 64 channels; where that does not divide n_embd, the nearest smaller number that does
+        self.n_head = self.n_head or max(n for n in range(1, max(1, self.n_embd // 64) + 1) if self.n_embd % n == 0)
         for name in 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size':
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} = {getattr(self, name)} should be 1 or more')
@@ -64,8 +75,8 @@ class GPTConfig:
             raise ValueError(f'n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout} should be a share below 1')
-        if self.gelu_approximate not in ('none', 'tanh'):
-            raise ValueError(f"gelu_approximate = {self.gelu_approximate!r} should be 'none' or 'tanh'")
+        if self.position == 'rope' and self.n_embd // self.n_head % 2:
+            raise ValueError(f'n_embd = {self.n_embd}, n_head = {self.n_head}: rope turns pairs of channels in a head')
 
     def least_numbers(self):
         """No model of this configuration has fewer; known before one is made, which may take for ever."""
@@ -77,72 +88,18 @@ class GPTConfig:
                 if f.name in NANOGPT or getattr(self, f.name) != f.default}
 
 
-def default_heads(n_embd):
-    """One head per 64 channels; where that does not divide n_embd, the nearest smaller number that does."""
-    return max(n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0)
+def rotation(positions, D):
+    """RoPE (Su et al. 2021, arXiv:2104.09864): what turns x (B, H, T, D), whose positions are (T,) or (B, T)."""
+    angles = positions[..., None] * 10000 ** -torch.arange(0, 1, 2 / D, device=positions.device)
+    cos, sin = angles.cos(), angles.sin()  # (T, D/2)
+    turn = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])  # (2, T, D)
+    return turn if positions.dim() == 1 else turn[:, :, None]
 
 
-def inside_documents(documents, causal, is_sparse):
-    """
-    Who may look at whom where several documents share a row: those of the same number in documents (B, T), and with
-    causal no token at a later one. (B, 1, T, T) bool or, is_sparse, FlexAttention's mask, which costs no (T, T) matrix.
-    """
-    B, T = documents.shape
-    if is_sparse:
-        def may_look(b, h, q, kv):
-            same = documents[b, q] == documents[b, kv]
-            return same & (q >= kv) if causal else same
-        return create_block_mask(may_look, B, None, T, T, device=documents.device)
-    mask = (documents[:, None, :, None] == documents[:, None, None, :])
-    return mask.tril() if causal else mask
-
-
-def attend(q, k, v, mask, is_causal, dropout):
-    """
-    softmax(q k' / sqrt(D)) v for q (B, H, T, D) and k, v (B, H, S, D) -> (B, H, T, D). mask: see attention_weights, or
-    FlexAttention's; is_causal: T = S, and no token looks at a later one; dropout: share of the weights that is dropped.
-    """
-    if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask)
-    # torch's kernel for CPUs skips what is masked and keeps no (T, S) matrix, but in bfloat16 its backward pass takes
-    # five times as long as this at 64 tokens, and twice at 256 (Zen 5); at 1,024 it wins, in float32 the two are even.
-    # It knows no dropout: with that torch writes attention out as well
-    if q.device.type == 'cpu' and (dropout or q.dtype == torch.bfloat16 and k.size(2) <= WRITTEN_OUT_TO):
-        return drop(attention_weights(q, k, mask, is_causal), dropout) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
-
-
-def attention_weights(q, k, mask, is_causal):
-    """
-    Who looks where: q (B, H, T, D) and k (B, H, S, D) -> (B, H, T, S), a row sums to 1. mask: None, or bool of a shape
-    that broadcasts to this, True where a query may look.
-    """
-    (B, H, T, D), S = q.shape, k.size(2)
-    scores = q.new_full((T, S), -math.inf).triu(1) if is_causal else q.new_zeros(T, S)
-    scores = torch.baddbmm(scores, q.reshape(B * H, T, D), k.reshape(B * H, S, D).transpose(1, 2),
-                           alpha=1 / math.sqrt(D)).view(B, H, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(dim=-1)
-
-
-def drop(x, p):
-    """
-    F.dropout, in training. On a CPU torch draws a number for each entry, on one core; here four share one of 64 bits,
-    so p is a multiple of 1 / 65,536.
-    """
-    if x.device.type != 'cpu' or p == 0 or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    n = min(round(p * 2**16), 2**16 - 1)  # so many of the 65,536 numbers drop, the lowest; they are signed
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-    is_kept = bits[:x.numel()].view(x.shape) >= n - 2**15
-    return x * is_kept.to(x.dtype).mul_(2**16 / (2**16 - n))
-
-
-class Dropout(nn.Dropout):
-
-    def forward(self, x):
-        return drop(x, self.p) if self.training else x
+def rotated(x, turn):
+    """Channels i and i + D/2 of x (B, H, T, D) are a pair."""
+    cos, sin = turn.type_as(x)
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 class CausalSelfAttention(nn.Module):
@@ -151,14 +108,18 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal
+        self.qk_norm = config.qk_norm
         # one matrix makes the queries, keys and values of all heads
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
+        if config.vocab_size <= config.value_embeddings:  # Zhou et al. 2024, arXiv:2410.17897
+            self.vte = nn.Embedding(config.vocab_size, config.n_embd)
 
-    def forward(self, x, cache=None, mask=None):
+    def forward(self, x, idx, turn=None, cache=None, mask=None):
+        """x: (B, T, C); idx: (B, T), the ids that it came from; turn: see rotation; mask: see attention_weights."""
         B, T, C = x.shape
-        q, k, v = self.heads(x)  # (B, H, T, C/H)
+        q, k, v = self.heads(x, idx, turn)  # (B, H, T, C/H)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, H, all tokens so far, C/H)
         # a single new token needs no mask, it may look at everything that came before
@@ -167,29 +128,47 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
-    def heads(self, x):
-        """(B, T, C) -> queries, keys and values, each (B, H, T, C/H)."""
+    def heads(self, x, idx, turn):
+        """Queries, keys and values, each (B, H, T, C/H)."""
         B, T, C = x.shape
-        return [z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2)]
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        if hasattr(self, 'vte'):
+            v = v + self.vte(idx).type_as(v)
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))
+        if self.qk_norm:  # Dehghani et al. 2023, arXiv:2302.05442
+            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
+        return (q, k, v) if turn is None else (rotated(q, turn), rotated(k, turn), v)
 
-    def weights(self, x, cache=None, mask=None):
+    def weights(self, x, idx, turn=None, cache=None, mask=None):
         """Who looks where, for pictures: what forward takes, without a cache -> (B, H, T, T), a row sums to 1."""
-        q, k, _ = self.heads(x)
+        q, k, _ = self.heads(x, idx, turn)
         return attention_weights(q.float(), k.float(), None, self.causal)
 
 
 class MLP(nn.Module):
-    """Each token on its own: four times as wide, GELU, and back."""
+    """Each token on its own: four times as wide, GELU or another function, and back."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.kind, width = config.mlp, 4 * config.n_embd
+        if self.kind == 'swiglu':  # two of its three matrices go in: two thirds of the width make it as large
+            width = 64 * math.ceil(width * 2 / 3 / 64)
+        self.c_fc = nn.Linear(config.n_embd, width * (2 if self.kind == 'swiglu' else 1), bias=config.bias)
         self.gelu = nn.GELU(approximate=config.gelu_approximate)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, C)
+        x = self.c_fc(x)  # (B, T, 4 C)
+        if self.kind == 'relu2':  # So et al. 2021, arXiv:2109.08668
+            x = F.relu(x)
+            x = x * x  # faster than square, backwards
+        elif self.kind == 'swiglu':  # Shazeer 2020, arXiv:2002.05202
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        else:
+            x = self.gelu(x)
+        return self.dropout(self.c_proj(x))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -201,15 +180,23 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        if config.input_shortcut:
+            self.shortcut = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x, cache=None, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, mask)
+    def forward(self, x, x0, *context):
+        """x: (B, T, C), the stream; x0: what it was before the first block; context: what attention takes beside."""
+        if hasattr(self, 'shortcut'):
+            x = x + self.shortcut * x0
+        x = x + self.attn(self.ln_1(x), *context)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
 class KVCache:
-    """The keys and values of one layer for the tokens seen so far, so that a new token costs one token's work."""
+    """
+    The keys and values of one layer for the tokens seen so far, so that a new token costs one token's work. Behind
+    block_size of them a new one takes the place of the oldest.
+    """
 
     def __init__(self, block_size):
         self.block_size, self.length, self.k = block_size, 0, None
@@ -218,32 +205,41 @@ class KVCache:
         """Write the (B, H, T, D) of T new tokens behind the others; returns those of all tokens so far."""
         if self.k is None:
             self.k, self.v = (x.new_zeros(*x.shape[:2], self.block_size, x.size(3)) for x in (k, v))
-        if torch.is_tensor(self.length):  # (1,): all steps have the same shapes, and a mask hides the rest
-            self.k[:, :, self.length], self.v[:, :, self.length] = k, v
+        place, self.length = self.length % self.block_size, self.length + k.size(2)
+        if torch.is_tensor(place):  # (1,): all steps have the same shapes, and a mask hides the rest
+            self.k[:, :, place], self.v[:, :, place] = k, v
             return self.k, self.v
-        start, self.length = self.length, self.length + k.size(2)
-        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
+        self.k[:, :, place:place + k.size(2)], self.v[:, :, place:place + k.size(2)] = k, v
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
 class GPT(nn.Module):
+    written_out_to = WRITTEN_OUT_TO  # as attention is, on a CPU: what a user of this model needs more memory for
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+        self.slides = config.position == 'rope'  # a full window can move on: only distances count
+        parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.position == 'learned':
+            parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        if config.embed_norm:
+            parts['ln_e'] = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(parts | dict(
             drop=Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # one matrix reads the tokens and predicts them (Press and Wolf 2016, arXiv:1608.05859)
-        self.transformer.wte.weight = self.lm_head.weight
+        if config.tied:  # Press and Wolf 2016, arXiv:1608.05859; it then goes by the name of the embedding
+            self.transformer.wte.weight = self.lm_head.weight
+        if config.vocab_size <= config.bigrams:
+            self.bigrams = nn.Embedding(config.vocab_size, config.vocab_size)
 
         for name, p in self.named_parameters():
-            if p.dim() >= 2:
+            if name == 'bigrams.weight' or config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+                nn.init.zeros_(p)
+            elif p.dim() >= 2:
                 # 2 n_layer projections add up in the residual stream; GPT-2 starts them smaller by the root of that
                 scale = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
                 nn.init.normal_(p, mean=0.0, std=0.02 / scale)
@@ -260,10 +256,15 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, documents=documents)
         if targets is None:
-            return self.lm_head(x[:, [-1]]), None
-        logits = self.lm_head(x)
+            return self.logits(x[:, [-1]], idx[:, [-1]]), None
+        logits = self.logits(x, idx)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         return None if loss_alone else logits, loss
+
+    def logits(self, x, idx):
+        """What comes after tokens: x (B, T, C), which hidden has made of their ids (B, T) -> (B, T, V)."""
+        logits = self.lm_head(x)
+        return logits + self.bigrams(idx) if hasattr(self, 'bigrams') else logits
 
     def hidden(self, idx, caches=None, documents=None, padding=None):
         """
@@ -273,7 +274,7 @@ class GPT(nn.Module):
         past, T, mask = caches[0].length if caches else 0, idx.size(1), None
         if not torch.is_tensor(past):
             assert past == 0 or T == 1, 'the mask is right for a whole prompt, then for one new token at a time'
-            if past + T > self.config.block_size:
+            if past + T > self.config.block_size and not (past and self.slides):
                 raise ValueError(f'{past + T} tokens do not fit block_size = {self.config.block_size}')
         positions = past + torch.arange(T, device=idx.device)  # (T,)
         if documents is not None:
@@ -281,15 +282,23 @@ class GPT(nn.Module):
             positions = positions - (positions * is_first).cummax(dim=1).values  # (B, T): they begin anew in each
             mask = inside_documents(documents, self.config.causal, self.is_sparse(idx.device, T))
         elif padding is not None:
-            own, start = positions[:, None], padding[:, None, None]
-            places = torch.arange(caches[0].block_size if torch.is_tensor(past) else past + T, device=idx.device)
-            mask = (((places >= start) & (places <= own)) | (places == own))[:, None]  # (B, 1, T, places)
+            own, size = positions[:, None], caches[0].block_size
+            places = torch.arange(size if torch.is_tensor(past) else min(past + T, size), device=idx.device)
+            held = own - (own - places) % size  # the newest token up to its own that is in a place; below 0: none
+            mask = ((held >= padding[:, None, None]) | (held == own))[:, None]  # (B, 1, T, places)
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        x, turn = self.transformer.wte(idx), None
+        if self.config.position == 'rope':
+            turn = rotation(positions, self.config.n_embd // self.config.n_head)
+        else:
+            x = x + self.transformer.wpe(positions)
+        if self.config.embed_norm:
+            x = self.transformer.ln_e(x)
+        x = x0 = self.transformer.drop(x)
         is_plain = self.config.causal and not caches and documents is None
         with nullcontext() if is_plain else sdpa_kernel(WITHOUT_CUDNN):
             for i, block in enumerate(self.transformer.h):
-                x = block(x, caches[i] if caches else None, mask)
+                x = block(x, x0, idx, turn, caches[i] if caches else None, mask)
         return self.transformer.ln_f(x)
 
     def is_sparse(self, device, T):
@@ -308,11 +317,11 @@ class GPT(nn.Module):
         """Read (B, T) ids into caches, which are emptied -> logits (B, V) of what comes next. padding: see hidden."""
         for cache in caches:
             cache.length = 0
-        return self.lm_head(self.hidden(idx, caches, padding=padding)[:, -1])
+        return self.logits(self.hidden(idx, caches, padding=padding)[:, -1], idx[:, -1])
 
     def decode(self, idx, caches, padding=None):
         """The same for the (B, 1) ids that follow on those in the caches."""
-        return self.lm_head(self.hidden(idx, caches, padding=padding)[:, -1])
+        return self.logits(self.hidden(idx, caches, padding=padding)[:, -1], idx[:, -1])
 
     @torch.no_grad()
     def stream(self, idx, temperature=1.0, top_k=0, top_p=1.0, n_ids=None, others=(), gaps=(), is_static=False):
@@ -332,7 +341,7 @@ class GPT(nn.Module):
         models = self, *others
         if not all(model.config.causal for model in models):
             raise ValueError('this model fills masks (objective = mlm), it cannot write on')
-        block_size = min(model.config.block_size for model in models)
+        block_size, slides = min(model.config.block_size for model in models), all(model.slides for model in models)
         n_ids = min([n_ids or math.inf, *(model.config.vocab_size for model in models)])
         gaps, position = (torch.tensor(x, dtype=torch.long, device=idx.device) for x in (gaps, [0]))
         caches = [model.new_caches(block_size) for model in models]
@@ -341,7 +350,8 @@ class GPT(nn.Module):
             T = max(lengths)
             padding = (idx[:, -T:] < 0).sum(dim=1) if is_static or min(lengths) < T else None
             seen, steps = [idx[:, -T:]], [model.prefill for model in models]
-            for length in range(T, block_size + 1):  # of the caches, behind this step
+            for length in count(T) if slides else range(T, block_size + 1):  # of the caches, behind this step
+                del seen[:-1 if slides else 0]  # in a long text, what a window has left behind
                 ids = seen[-1].clamp(min=0)
                 votes = (step(ids, cache, padding)[:, :n_ids].float() for step, cache in zip(steps, caches))
                 votes = [F.log_softmax(vote, dim=-1) if others else vote for vote in votes]  # (B, n_ids)
@@ -356,8 +366,8 @@ class GPT(nn.Module):
                         cache.length = position
                         for x in cache.k, cache.v:  # which the step writes to: a CUDA graph is to find them there again
                             torch._dynamo.mark_static_address(x)
-            # Positions are absolute, so a full window cannot slide along. It is read anew from its second half, which
-            # costs two token-forwards a token in the long run; a window that slides costs block_size.
+            # Learned positions are absolute: a full window cannot slide along. It is read anew from its second half,
+            # which costs two token-forwards a token in the long run; a window that slides would cost block_size.
             half, idx = max(1, block_size // 2), torch.cat(seen, dim=1)  # (B, block_size + 1)
             idx[:, :-half].masked_fill_(idx[:, :1] >= 0, -1)  # but of rows with padding all of it
             lengths = [half if n == T else n + block_size + 1 - T for n in lengths]
@@ -382,29 +392,17 @@ class GPT(nn.Module):
                    if not non_embedding or not name.startswith('transformer.wpe.'))
 
     def flops_per_token(self):
-        """Forward and backward, in FLOPs, as in appendix B of PaLM (Chowdhery et al. 2022, arXiv:2204.02311)."""
-        return 6 * self.count_params() + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
-
-    def training_memory(self, n_tokens, dtype, device):
         """
-        Bytes that training takes at its peak, roughly. n_tokens: in a micro-step; dtype: its name.
-
-        16 a parameter: weight, gradient and AdamW's two moments in float32; on a CPU 12 more, for the copy of which a
-        checkpoint is written. For the backward pass a layer keeps 17 values a channel and token (Korthikanti et al.
-        2022, arXiv:2205.05198, counted for attention that keeps no (T, T) matrix), the two of the residual stream in
-        float32; half as much again is for what the backward pass itself makes. Attention written out keeps five (T, T)
-        matrices a head.
+        Forward and backward, in FLOPs, as in appendix B of PaLM (Chowdhery et al. 2022, arXiv:2204.02311); an embedding
+        costs none, unless it is the output layer too.
         """
-        c, size = self.config, 4 if dtype == 'float32' else 2
-        activations = c.n_layer * c.n_embd * (17 * size + (4 - size) * 2) * 1.5
-        if device.type == 'cpu' and (c.dropout or dtype == 'bfloat16' and c.block_size <= WRITTEN_OUT_TO):
-            activations += c.n_layer * c.n_head * c.block_size * 5 * size
-        logits = c.vocab_size * (size + 8)  # and their gradient and softmax in float32
-        a_parameter = 28 if device.type == 'cpu' else 16
-        return a_parameter * self.count_params(non_embedding=False) + n_tokens * (activations + logits)
+        lookups = {module.weight for module in self.modules() if isinstance(module, nn.Embedding)}
+        n = sum(p.numel() for p in self.parameters() if p not in lookups - {self.lm_head.weight})
+        return 6 * n + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
-    def in_words(self):
-        return f'{self.config.n_layer} layers of {self.config.n_head} heads and {self.config.n_embd} channels'
+    def hidden_matrices(self):
+        """The matrices in the blocks, as Muon moves them; embeddings and the output layer are none."""
+        return [module.weight for module in self.transformer.h.modules() if isinstance(module, nn.Linear)]
 
     def token_vectors(self):
         """What stands for each id where it is read, (V, C)."""
@@ -424,10 +422,12 @@ class GPT(nn.Module):
                 raise ValueError(f'block_size = {self.config.block_size}: these weights know {len(state[name])} '
                                  'positions, no more')
             state[name] = state[name][:self.config.block_size]
-        for name in {'transformer.wte.weight', 'lm_head.weight'} & state.keys():
-            old = state[name]
-            new = max(0, self.config.vocab_size - len(old))
-            state[name] = torch.cat([old, old.mean(dim=0, keepdim=True).expand(new, -1)]) if new else old
+        by_id = 'wte.weight', 'vte.weight', 'lm_head.weight', 'bigrams.weight'
+        for name in [name for name in state if name.endswith(by_id)]:
+            for dim in range(2 if name == 'bigrams.weight' else 1):
+                if (new := self.config.vocab_size - state[name].size(dim)) > 0:
+                    mean = state[name].mean(dim, keepdim=True)
+                    state[name] = torch.cat([state[name], mean.repeat_interleave(new, dim)], dim)
         return state
 
 

@@ -20,7 +20,7 @@ import torch
 from kit.base import devices, overrides, ranks, signals
 from kit.data import batches, readers
 from kit.learn import averages, gradients, optimizers, schedules
-from kit.run import ending, first_look, nan_hunt, rate_finder, replay, rules, starts, testing
+from kit.run import ending, first_look, nan_hunt, presets, rate_finder, replay, rules, starts, testing
 from kit.run.clock import Clock
 from kit.run.due import Due
 from kit.run.iter_line import IterLine
@@ -38,7 +38,7 @@ journal = Journal()  # from here on every line that is printed also goes to trai
 
 # the run
 eval_interval = 400         # >= 0: steps between evaluations; 0 = only at the end
-eval_iters = 40             # >= 0: batches an evaluation takes from each split; 0 = all of val and as much of train
+eval_iters = 30             # >= 0: batches an evaluation takes from each split; 0 = all of val and as much of train
 log_interval = 50           # >= 0: steps between iter lines; 0 = none
 save_interval = 100         # >= 0: steps between the checkpoints step_*.pt; 0 = none; close ones average well
 keep_last = 10              # >= 0: how many of these are kept; 0 = all
@@ -58,18 +58,20 @@ too_long = 'cut'            # cut or drop: padded pairs beyond block_size lose t
 sampling = 'random'         # random, shuffle or sequential: random rows, each once an epoch, or one after the other
 mask_prob = 0.0             # 0 <= x < 1: share of the input tokens that are hidden or replaced; 0 = none, in mlm 0.15
 objective = 'causal'        # causal or mlm: each token from those before it, or hidden ones from both sides, as BERT
-batch_size = 12             # >= 1: rows in a micro-step
+batch_size = 4              # >= 1: rows in a micro-step
 gradient_accumulation_steps = 1  # >= 1: micro-steps in a step, counted over all processes
-block_size = 64             # >= 1: tokens in a row: how far back the model can look
+block_size = 256            # >= 1: tokens in a row: how far back the model can look
 # model
+architecture = 'modern'     # gpt2 or modern, and deviations by name, as modern,mlp=swiglu; --help has the names
 n_layer = 2                 # >= 1: blocks, one after the other
 n_head = 0                  # >= 0: heads of attention; 0 = one per 64 channels
 n_embd = 128                # >= 1: channels
 dropout = 0.0               # 0 <= x < 1: share of activations dropped; 0.1 or more where a small text is read often
 bias = False                # biases in linear layers and LayerNorms; GPT-2 has them, new models do without
-# optimizer: AdamW
-learning_rate = 4e-3        # > 0: the highest rate; smaller for larger models
-max_iters = 4000            # >= 1: steps, that is updates of the weights
+# optimizer
+optimizer = 'muon:0.015'    # adamw, or muon and its rate for the matrices in the blocks; all else is AdamW's
+learning_rate = 2e-3        # > 0: the highest rate; smaller for larger models
+max_iters = 2400            # >= 1: steps, that is updates of the weights
 max_epochs = 0.0            # >= 0: or as many steps as it takes to read the text so often; 0 = max_iters
 weight_decay = 1e-1         # >= 0: on matrices and embeddings
 beta1 = 0.9                 # 0 <= x < 1: memory of the mean gradient
@@ -118,7 +120,7 @@ debug_nan = False           # at the first bad number: stop, and say which text,
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 backend = 'auto'            # auto, nccl or gloo: between processes
 
-config = overrides.apply(globals(), rules.TRAIN)
+config = overrides.apply(globals(), rules.TRAIN, more_help=presets.help_text(GPTConfig))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where we start from: nothing, a checkpoint, or OpenAI's weights; those bring the settings of their model along
@@ -180,7 +182,7 @@ raw_model = GPT(model_config)
 raw_model.to(device)
 parameters = list(raw_model.parameters())
 average = averages.running(raw_model, ema_decay, swa_start)
-optimizer = optimizers.adamw(raw_model, weight_decay, learning_rate, (beta1, beta2))
+optimizer = optimizers.make(optimizer, raw_model, weight_decay, learning_rate, (beta1, beta2), dtype)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16' and scale_loss)
 state = starts.restore(saved, is_resume, config, meta, raw_model, optimizer, scaler, average, device)
 bad_steps = gradients.BadSteps(state, raw_model, scaler)
@@ -286,7 +288,7 @@ def update(step, lr):
     lr = factor * lr
 
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = lr * group.get('lr_factor', 1.0)  # Muon's matrices have a rate of their own
     optimizers.step(optimizer, is_good)
     if average and step >= swa_start:
         average.update(is_good)
@@ -317,7 +319,8 @@ if debug_nan:  # update calls the new get_batch, by its name
     get_batch, update = nan_hunt.watched(get_batch, update, raw_model, bad_steps, scaler, micro_steps, seed, leave,
                                          device, dtype)
 if find_lr:
-    rate_finder.run(update, state.step, bad_steps, find_lr_start, find_lr_end, out_dir)
+    rate_finder.run(update, state.step, bad_steps, find_lr_start, find_lr_end, out_dir,
+                    [group.get('lr_factor', 1.0) for group in optimizer.param_groups])
 if inspect_step >= 0:
     replay.run(update, get_lr, config, state, past, raw_model, data['train'], meta, device, dtype)
 if not trains:

@@ -3,24 +3,51 @@
 import math
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from no_wait import NoWait, Waits
 from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
 
 import model as models
+from kit.run import presets
+from kit.watch import inside
 from model import GPT, GPTConfig
 
 CONFIG = dict(block_size=16, vocab_size=23, n_layer=3, n_head=2, n_embd=16, dropout=0.0)
+GPT2 = {'GPT-2': {'bias': True}, 'no bias': {'bias': False}}
+# each ingredient put into GPT-2, all of them, and each of them left out
+OTHERS = {f'{name}={value}': {name: value} for name, kind in presets.kinds_of(GPTConfig).items()
+          for value in (kind if isinstance(kind, tuple) else [23] if kind is int else [True, False])
+          if value != GPTConfig.PRESETS['gpt2'][name]}
+MODERN = GPTConfig.PRESETS['modern']
+LEFT_OUT = {f'modern, {name}={value}': MODERN | {name: value} for name, value in GPTConfig.PRESETS['gpt2'].items()
+            if MODERN[name] != value}
+LEARNED = GPT2 | {name: change for name, change in OTHERS.items() if 'position' not in change}
+ROPE = {'rope': {'position': 'rope'}, 'modern': MODERN}
 
 
-@pytest.fixture(params=[True, False], ids=['bias', 'no bias'])
-def model(request):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**CONFIG, bias=request.param)).eval()
-    for p in model.parameters():  # far from the initialisation, where mistakes in it would hide
+def make_model(change, seed=0):
+    """With weights far from the initialisation, where mistakes in it would hide."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**CONFIG | change)).eval()
+    for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model
+
+
+def each(architectures):
+    """For a test that takes a model: each of these."""
+    return pytest.mark.parametrize('model', architectures.values(), ids=architectures.keys(), indirect=True)
+
+
+every = each(GPT2 | OTHERS | {'modern': MODERN} | LEFT_OUT)
+
+
+@pytest.fixture(params=[{'bias': False}, MODERN], ids=['GPT-2', 'modern'])
+def model(request):
+    return make_model(request.param)
 
 
 def by_hand(model, idx):
@@ -47,6 +74,7 @@ def by_hand(model, idx):
     return norm(x, 'transformer.ln_f') @ w['transformer.wte.weight'].T
 
 
+@each(GPT2)
 def test_logits_and_loss_are_the_papers(model):
     idx, targets = torch.randint(23, (2, 11)), torch.randint(23, (2, 11))
     targets[0, 3:5] = -1
@@ -100,6 +128,7 @@ def test_the_masks_of_old_nanogpt_are_left_out(model):
     assert 'transformer.h.0.attn.bias' in model.fitted(model.state_dict())
 
 
+@every
 def test_a_token_sees_nothing_that_comes_later(model):
     idx = torch.randint(23, (1, 16))
     before = model(idx, idx)[0][:, :9]
@@ -107,12 +136,43 @@ def test_a_token_sees_nothing_that_comes_later(model):
     assert torch.equal(before, model(idx, idx)[0][:, :9])
 
 
+@every
 def test_cached_logits_are_the_uncached(model):
     idx = torch.randint(23, (3, 16))
     caches = [models.KVCache(16) for _ in range(3)]
     with torch.no_grad():
         hidden = [model.hidden(idx[:, :5], caches)] + [model.hidden(idx[:, t:t + 1], caches) for t in range(5, 16)]
         torch.testing.assert_close(torch.cat(hidden, dim=1), model.hidden(idx), rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_documents_that_share_a_row_are_read_as_if_each_were_alone(model):
+    """And so the loss is the mean over their tokens, and a token has the gradient that it has alone."""
+    parts = [torch.randint(23, (n,)) for n in (4, 1, 6, 5)]
+    row, documents = torch.cat(parts)[None], torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])[None]
+    shared = model.hidden(row, documents=documents)
+    alone = torch.cat([model.hidden(part[None]) for part in parts], dim=1)
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
+    targets = torch.randint(23, (1, 16))
+    loss = model(row, targets, documents)[1]
+    terms = F.cross_entropy(model.logits(alone, row)[0], targets[0])
+    torch.testing.assert_close(loss, terms, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_the_attention_in_pictures_is_the_one_that_computes(model):
+    """Each layer's, whose values it weighs: what comes out of the layer is made again from the picture of it."""
+    seen, row = {}, torch.randint(23, (1, 11))
+    for layer in range(3):
+        attn = model.transformer.h[layer].attn
+        attn.register_forward_hook(lambda attn, args, out: seen.update({attn: (args, out)}))
+    maps = inside.attention(model, row[0])
+    assert maps.shape == (3, 2, 11, 11) and np.allclose(maps.sum(-1), 1, atol=1e-5)
+    assert np.allclose(maps, np.tril(maps))
+    for layer, (attn, (args, out)) in zip(maps, seen.items()):
+        _, _, v = attn.heads(*args[:3])
+        y = (torch.from_numpy(layer) @ v[0]).transpose(0, 1).reshape(1, 11, 16)
+        torch.testing.assert_close(attn.c_proj(y), out, rtol=1e-4, atol=1e-5)
 
 
 def padded(rows):
@@ -129,6 +189,7 @@ def written(model, idx, n=40, **options):
     return torch.cat(list(islice(model.stream(idx, **options), n)), dim=1)
 
 
+@every
 @pytest.mark.parametrize('is_static', [False, True])
 @torch.no_grad()
 def test_cached_logits_of_rows_of_different_lengths_are_those_of_each_alone(model, is_static):
@@ -148,11 +209,12 @@ def test_cached_logits_of_rows_of_different_lengths_are_those_of_each_alone(mode
             logits = model.decode(new, caches, padding)
 
 
+@every
 @pytest.mark.parametrize('is_ensemble', [False, True])
 def test_greedy_text_of_rows_of_different_lengths_is_that_of_each_alone(model, is_ensemble):
     """Also where their windows are full at different times; the other model has shorter ones, and more ids."""
-    other = GPT(GPTConfig(**CONFIG | {'block_size': 12, 'vocab_size': 29}))
-    options = dict(n=25, temperature=0, others=[other.eval()] if is_ensemble else [])
+    other = make_model({'block_size': 12, 'vocab_size': 29, 'position': model.config.position}, seed=1)
+    options = dict(n=25, temperature=0, others=[other] if is_ensemble else [])
     rows = random_rows(1, 5, 15, 16, 20, 11)
     alone = torch.cat([written(model, torch.tensor([row]), **options) for row in rows])
     for is_static in False, True:
@@ -177,7 +239,7 @@ def test_a_token_waits_for_nothing_and_the_memory_stays(model, monkeypatch, opti
     assert [cache.k.data_ptr() for layers in caches[2:] for cache in layers] == place and len(place) == 6
 
 
-@pytest.mark.parametrize('model', [True], indirect=True)
+@each({'modern': MODERN})
 def test_a_compiled_step_is_compiled_once(model, monkeypatch):
     """However many tokens are there, and where windows are read anew; and it writes what the others write."""
     idx = padded(random_rows(3, 7))
@@ -188,6 +250,7 @@ def test_a_compiled_step_is_compiled_once(model, monkeypatch):
     torch.compiler.reset()
 
 
+@each(GPT2)
 def test_rows_whose_logits_are_not_finite_have_no_id(model):
     model.transformer.wpe.weight.data[5] = math.inf
     ids = written(model, padded([[1, 2, 3], [1, 2, 3, 4, 5]]), 4)
@@ -197,6 +260,7 @@ def test_rows_whose_logits_are_not_finite_have_no_id(model):
     assert model.generate(torch.tensor([[1, 2, 3]]), 3).shape == (1, 6)
 
 
+@each(LEARNED)
 def test_greedy_text_is_the_uncached(model):
     """Within a window as the plain loop does it; a full window is read anew from its second half."""
     written = model.generate(torch.tensor([[1, 2, 3]] * 2), 40, temperature=0)
@@ -205,6 +269,39 @@ def test_greedy_text_is_the_uncached(model):
         ids.append(int(model(torch.tensor([seen]))[0][0, -1].argmax()))
         seen = seen + ids[-1:] if len(seen) < 16 else ids[-8:]
     assert written.tolist() == [ids, ids]
+
+
+@each(ROPE)
+@pytest.mark.parametrize('is_static', [False, True])
+@torch.no_grad()
+def test_a_window_that_is_full_slides(model, monkeypatch, is_static):
+    """
+    Against one pass over the whole text in which each token looks at the 16 up to itself; the second of the rows begins
+    four tokens later.
+    """
+    idx, T, place = torch.randint(23, (2, 60)), 60, torch.zeros(1, dtype=torch.long)
+    caches, padding = model.new_caches(16), torch.tensor([0, 4])
+    logits = [model.prefill(idx[:, :9], caches, padding)]
+    for t in range(9, T):
+        for cache in caches if is_static else []:
+            cache.length = place.fill_(t)
+        logits.append(model.decode(idx[:, t:t + 1], caches, padding))
+    places = torch.arange(T)
+    window = (places[:, None] - places < 16) & (places[:, None] >= places)
+    model.config.block_size = T
+    for row, start in zip(range(2), padding.tolist()):
+        monkeypatch.setattr(models, 'inside_documents', lambda *args, n=start: window[None, None, n:, n:])
+        ids = idx[[row], start:]
+        whole = model.logits(model.hidden(ids, documents=torch.zeros(1, T - start)), ids)[0]
+        torch.testing.assert_close(torch.stack(logits, dim=1)[row], whole[8 - start:], rtol=1e-4, atol=1e-4)
+
+
+@each(ROPE)
+def test_text_of_rows_of_different_lengths_is_that_of_each_alone_past_the_window(model):
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
+    alone = torch.cat([written(model, torch.tensor([prompt]), 50, temperature=0) for prompt in prompts])
+    for is_static in False, True:
+        assert torch.equal(written(model, padded(prompts), 50, temperature=0, is_static=is_static), alone)
 
 
 def test_prompts_longer_than_the_window(model):

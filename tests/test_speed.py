@@ -12,12 +12,13 @@ import torch
 from conftest import ROOT, losses
 from torch.nn import functional as F
 
-import model as of_model
+import attention as kernels
+from attention import attend, attention_weights, drop
 from kit.base import devices, overrides, ranks
 from kit.run import first_look
 from kit.run.clock import Clock
 from kit.watch import inside
-from model import GPT, GPTConfig, attend, attention_weights, drop
+from model import GPT, GPTConfig
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda', 0)
 
@@ -33,7 +34,7 @@ def some(B=2, H=3, T=7, S=7, D=5, dtype=torch.float32):
 
 def documents(T):
     numbers = torch.tensor([[0] * 3 + [1] * (T - 3), [0] * T])
-    return of_model.inside_documents(numbers, True, False)  # (B, 1, T, T)
+    return kernels.inside_documents(numbers, True, False)  # (B, 1, T, T)
 
 
 @pytest.mark.parametrize('T, S, mask, is_causal', [
@@ -59,7 +60,7 @@ def test_written_out_it_is_torchs_own(T, S, mask, is_causal):
 ])
 def test_where_it_is_written_out(monkeypatch, dtype, T, dropout, is_written_out):
     took = []
-    monkeypatch.setattr(of_model, 'attention_weights', lambda *args: took.append(1) or attention_weights(*args))
+    monkeypatch.setattr(kernels, 'attention_weights', lambda *args: took.append(1) or attention_weights(*args))
     q, k, v = some(B=1, H=1, T=T, S=T, D=2, dtype=dtype)
     y = attend(q, k, v, None, True, dropout)
     assert y.dtype == dtype and y.shape == q.shape and bool(took) == is_written_out
@@ -107,7 +108,7 @@ def test_dropout_drops_the_share_and_keeps_the_mean(p):
 
 
 def test_dropout_goes_by_torchs_generator_and_by_the_mode():
-    layer, x = of_model.Dropout(0.5), torch.randn(20, 30)
+    layer, x = kernels.Dropout(0.5), torch.randn(20, 30)
     found = []
     for seed in 0, 1, 0:
         torch.manual_seed(seed)

@@ -52,7 +52,7 @@ given = set()  # names that this command line or one of its config files has set
 running = Script({}, {}, set(), (), [])  # the script that has called apply
 
 
-def apply(settings, rules=(), operands=None):
+def apply(settings, rules=(), operands=None, more_help=''):
     """
     Read sys.argv into the settings of a script.
 
@@ -61,6 +61,7 @@ def apply(settings, rules=(), operands=None):
               the source, what the comments say that they may be is checked, see read_spec.
     rules:    conditions between them in Python, e.g. 'test or not checkpoint'; a trailing # comment tells the remedy.
     operands: a list that takes the bare words; without it a bare word is an error.
+    more_help: what --help says behind the settings.
     Returns the settings as a dict. Arguments count from left to right, the later ones win.
     """
     global running
@@ -70,6 +71,7 @@ def apply(settings, rules=(), operands=None):
     defaults = {k: v for k, v in settings.items() if not k.startswith('_') and type(v) in TYPES}
     if {'--help', '-h'} & set(sys.argv[1:]):
         print_help(settings, list(defaults))
+        print(f'\n{more_help}' if more_help else '', end='\n' if more_help else '')
         raise SystemExit(0)
     if not os.path.isfile(settings.get('__file__', '')):
         print('WARNING: the source of this script is no file, so what its comments say of the settings is not checked')

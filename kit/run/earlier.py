@@ -11,7 +11,8 @@ SETTINGS = {
     'objective': 'causal', 'max_epochs': 0.0, 'grad_clip_quantile': 0.0, 'grad_clip_value': 0.0, 'max_bad_steps': 0,
     'ema_decay': 0.0, 'swa_start': 0, 'max_minutes': 0.0, 'early_stop': 0, 'min_delta': 1e-4, 'early_stop_norm': False,
     'lr_schedule': 'cosine', 'warmup_share': 0.0, 'warmup_start_lr': 0.0, 'lr_by_norm': False, 'scale_loss': True,
-    'deterministic': False, 'wandb_checkpoints': 'all', 'compile_mode': 'auto',
+    'deterministic': False, 'wandb_checkpoints': 'all', 'compile_mode': 'auto', 'architecture': 'gpt2',
+    'optimizer': 'adamw',
 }
 
 

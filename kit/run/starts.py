@@ -8,7 +8,7 @@ from kit.base import files, overrides, ranks
 from kit.base.errors import reason
 from kit.data import tokens
 from kit.learn import averages, optimizers
-from kit.run import earlier, replay
+from kit.run import earlier, presets, replay
 from kit.run.run_state import KEPT, RunState
 from kit.state import checkpoints, folders, provenance
 from kit.watch.journal import check_wandb
@@ -23,6 +23,8 @@ def find(config, trains, GPTConfig, device):
     'model_args', 'meta'); with `test` {path: checkpoint}. past: with inspect_step the History of the run, else None. In
     the new config init_from says how the run began, also where this launch goes on with it.
     """
+    config['architecture'] = presets.text_of(presets.parse(config['architecture'], GPTConfig), GPTConfig)
+    optimizers.parse(config['optimizer'])
     if config['test']:
         config, saved, is_resume, past = find_tested(config, GPTConfig, device)
     else:
@@ -84,8 +86,8 @@ def find_start(config, trains, GPTConfig, device):
 
 
 def shaping(config, GPTConfig):
-    """Settings that weights cannot do without: the fields of their model that are settings too."""
-    return [f.name for f in fields(GPTConfig) if f.name in config and f.name not in GPTConfig.FREE]
+    """Settings that weights cannot do without: the architecture, and fields of their model that are settings too."""
+    return ['architecture', *(f.name for f in fields(GPTConfig) if f.name in config and f.name not in GPTConfig.FREE)]
 
 
 def find_tested(config, GPTConfig, device):
@@ -108,8 +110,10 @@ def adopt_from(made_with, model_args, config, GPTConfig, fixed, device):
     overrides.adopt. They go on as they were made: a setting that is younger than they are is what the code then did.
     """
     made_with = made_with or {}
-    model_args = model_args or {f.name: f.default for f in fields(GPTConfig) if f.name not in made_with}
-    found = made_with | {name: model_args[name] for name in shaping(config, GPTConfig) if name in model_args}
+    args = model_args or {f.name: f.default for f in fields(GPTConfig) if f.name not in made_with}
+    found = made_with | {name: args[name] for name in shaping(config, GPTConfig) if name in args}
+    if model_args:
+        found['architecture'] = presets.text_of(model_args, GPTConfig)  # whatever the preset of its name is by now
     if made_with:
         found |= earlier.resolved(made_with, device)
     if {'max_iters', 'max_minutes'} & overrides.given:
@@ -130,6 +134,7 @@ def model_config(saved, meta, config, GPTConfig):
     checkpoints.check_fit(saved, meta)
     has_mask = config['mask_prob'] > 0
     args = saved.get('model_args', {'vocab_size': tokens.padded_vocab_size(meta, has_mask)})
+    args = args | presets.parse(config['architecture'], GPTConfig)
     args = args | {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
     args['causal'] = config['objective'] == 'causal'
     if has_mask and args['vocab_size'] <= meta['vocab_size']:
@@ -180,6 +185,10 @@ def reads_another(saved, config, meta):
 def begin(config, model, data, tokens_per_step, warmup_steps, state, is_resume, journal):
     """Make the folder of a run its own, and write into it from here on. data: the Rows of train."""
     out_dir = config['out_dir']
+    others = [f'{name} = {config[name]}' for name, its in (('architecture', 'gpt2'), ('optimizer', 'adamw'))
+              if config[name] != its]
+    if others and not is_resume:
+        print(f'nanoGPT cannot read the checkpoints of this run: {", ".join(others)}')
     facts = {'vocab_size': model.config.vocab_size, 'parameters': model.count_params(),
              'tokens_per_step': tokens_per_step, 'warmup_iters': warmup_steps,
              'unigram_entropy': data.unigram_entropy(), 'other_text_since': state.other_text_since}
