@@ -3,8 +3,8 @@ How a GPT is trained: the algorithm alone, to be read once from top to bottom. T
 
 $ python prepare.py python_docs && python minimal.py    two minutes on two cores; it leaves minimal.pt
 
-On a CPU train.py --dtype=float32 --compile=False has the same losses with as many threads, bit for bit. It adds exact
-resume, verified checkpoints, mixed precision, several GPUs, dropout, a way past bad numbers, packed documents and more.
+On a CPU train.py config/train_python_docs_gpt2.py --dtype=float32 --compile=False has the same losses, bit for bit, and
+adds exact resume, verified checkpoints, mixed precision, several GPUs, other blocks, a way past bad numbers and more.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
-# settings: the names and defaults are those of train.py
+# settings: the names are those of train.py, the values those of config/train_python_docs_gpt2.py
 dataset = 'python_docs'                 # a folder in data/, see prepare.py
 batch_size, block_size = 12, 64         # rows in a micro-step; tokens in a row: how far back the model can look
 gradient_accumulation_steps = 1         # micro-steps in a step: for batches that do not fit the memory at once

@@ -10,6 +10,7 @@ gradient_accumulation_steps = 32
 max_iters = 20
 
 # a constant rate, from the first step on
+optimizer = 'adamw'
 learning_rate = 3e-5
 decay_lr = False
 warmup_iters = 0

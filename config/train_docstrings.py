@@ -11,7 +11,9 @@ block_size = 512  # the longest pair has 471 characters
 n_layer = 4
 n_embd = 192
 dropout = 0.2  # 2,929 pairs are few
+architecture = 'gpt2'
 
+optimizer = 'adamw'
 learning_rate = 2e-3
 min_lr = 2e-4
 beta2 = 0.99

@@ -14,6 +14,11 @@ n_embd = 768
 dropout = 0.0
 bias = False
 
+# as nanoGPT has it; config/speedrun_gpt2.py has what learns faster
+architecture = 'gpt2'
+optimizer = 'adamw'
+dtype = 'auto'
+
 learning_rate = 6e-4
 max_iters = 600000
 lr_decay_iters = 600000

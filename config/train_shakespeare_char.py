@@ -11,6 +11,11 @@ n_head = 0  # one head per 64 channels: 6, and still right when n_embd is change
 n_embd = 384
 dropout = 0.2  # the text is small and read many times over
 
+# as nanoGPT has it; config/speedrun_shakespeare_char.py has what learns faster
+architecture = 'gpt2'
+optimizer = 'adamw'
+dtype = 'auto'
+
 learning_rate = 1e-3  # small models stand high rates
 max_iters = 5000
 lr_decay_iters = 0  # the rate decays to the end of the run, however long that is made

@@ -11,6 +11,11 @@ n_head = 4
 n_embd = 128
 dropout = 0.0
 
+# as nanoGPT has it; config/speedrun_shakespeare_char_cpu.py has what learns faster
+architecture = 'gpt2'
+optimizer = 'adamw'
+dtype = 'auto'
+
 learning_rate = 1e-3
 max_iters = 2000
 lr_decay_iters = 0  # = max_iters

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY, losses, records
 
-from model import default_heads
+from model import GPTConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = (REPOSITORY / 'minimal.py').read_text(encoding='utf-8')
@@ -33,7 +33,8 @@ CHANGES = {
 # and the same for train.py
 FLAGS = [*TINY, '--batch_size=3', '--gradient_accumulation_steps=3', '--max_iters=50', '--warmup_iters=7',
          '--learning_rate=2e-2', '--min_lr=3e-4', '--beta1=0.8', '--beta2=0.95', '--weight_decay=0.3',
-         '--grad_clip=0.7', '--eval_interval=20', '--seed=7', '--save_interval=0', '--dtype=float32', '--compile=False']
+         '--grad_clip=0.7', '--eval_interval=20', '--seed=7', '--save_interval=0', '--dtype=float32', '--compile=False',
+         '--architecture=gpt2', '--optimizer=adamw']
 
 
 @pytest.fixture
@@ -47,7 +48,8 @@ def minimal(run, tiny):
         assert PAGE.count(':.4f}') == 3
         folder = tiny / 'alone'  # there is no kit beside it
         folder.mkdir(exist_ok=True)
-        shutil.copy(REPOSITORY / 'model.py', folder)
+        for file in 'model.py', 'attention.py':
+            shutil.copy(REPOSITORY / file, folder)
         (folder / 'minimal.py').write_text('\n'.join(lines).replace(':.4f}', '}'), encoding='utf-8')
         return run(folder / 'minimal.py')
     return launch
@@ -121,7 +123,7 @@ def test_ids_where_it_cannot_decode_and_data_beside_the_script(run, minimal, tin
 
 
 def test_a_missing_dataset_is_one_line(tmp_path):
-    for name in 'minimal.py', 'model.py':  # a copy, since a checkout may hold data/python_docs
+    for name in 'minimal.py', 'model.py', 'attention.py':  # a copy, since a checkout may hold data/python_docs
         shutil.copy(REPOSITORY / name, tmp_path)
     done = subprocess.run([sys.executable, tmp_path / 'minimal.py'], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {'OMP_NUM_THREADS': '1'})
@@ -142,10 +144,12 @@ def constants(page):
     return found
 
 
-def test_its_defaults_are_those_of_train_py():
-    mine, its = constants(PAGE), constants((REPOSITORY / 'train.py').read_text(encoding='utf-8'))
+def test_its_settings_are_those_of_a_recipe_of_train_py():
+    mine = constants(PAGE)
+    its = constants((REPOSITORY / 'train.py').read_text(encoding='utf-8'))
+    its |= constants((REPOSITORY / 'config/train_python_docs_gpt2.py').read_text(encoding='utf-8'))
     assert its['n_head'] == 0
-    its['n_head'] = default_heads(its['n_embd'])  # what the 0 stands for
+    its['n_head'] = GPTConfig(n_head=0, n_embd=its['n_embd']).n_head  # what the 0 stands for
     assert set(mine) <= set(its) and len(mine) == 19
     assert mine == {name: its[name] for name in mine}
 

@@ -1,6 +1,7 @@
 """Experiment 2: 12 rows at once, and 4 micro-steps of 3 rows; without dropout, and with it as the guide has it."""
 
 config = 'config/train_shakespeare_char_cpu.py'
+dtype = 'float32'  # as its table was made
 max_iters = 500
 eval_interval = 50
 

@@ -16,6 +16,7 @@ if not (_tokens.dataset_folder('shakespeare_tenth') / 'train.bin').is_file():
         _corpora.prepare('shakespeare_tenth', str(_text))
 
 config = 'config/train_shakespeare_char_cpu.py'
+dtype = 'float32'  # as its table was made
 dataset = 'shakespeare_tenth'
 learning_rate = 4e-3  # at the recipe's 1e-3 the best of 3,000 steps is still the last
 max_iters = 2500

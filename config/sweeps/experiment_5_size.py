@@ -1,6 +1,7 @@
 """Experiment 5: four sizes of model, the same 1,500 steps each."""
 
 config = 'config/train_shakespeare_char_cpu.py'
+dtype = 'float32'  # as its table was made
 max_iters = 1500
 n_head = 0  # one per 64 channels
 

@@ -4,6 +4,7 @@ gradient norm helps. Ten seeds each. A run has diverged that ends above the loss
 """
 
 config = 'config/train_shakespeare_char_cpu.py'
+dtype = 'float32'  # as its table was made
 n_head = 2
 n_embd = 64
 block_size = 32

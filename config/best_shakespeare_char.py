@@ -1,0 +1,24 @@
+# the lowest val loss on Tiny Shakespeare with no more than nanoGPT's 10.7M parameters, however long it takes
+# $ python train.py config/best_shakespeare_char.py
+# Made ready on a CPU, by what smaller models showed; it has not run on a GPU yet.
+
+dataset = 'shakespeare_char'
+batch_size = 64
+block_size = 256
+
+n_layer = 6
+n_embd = 384
+dropout = 0.3  # it reads the text twenty times over
+
+architecture = 'modern,value_embeddings=0'  # they would make it larger than 10.7M
+optimizer = 'muon:0.01'
+learning_rate = 1e-3
+min_lr = 1e-5
+max_iters = 2500
+ema_decay = 0.99
+
+eval_interval = 250
+eval_iters = 0  # all of val
+log_interval = 10
+always_save_checkpoint = False
+save_interval = 100

@@ -1,0 +1,24 @@
+# Tiny Shakespeare to nanoGPT's loss (1.4697) in a fraction of its steps: the same size, another block, Muon
+# $ python train.py config/speedrun_shakespeare_char.py
+# Made ready on a CPU, by what smaller models showed; it has not run on a GPU yet.
+
+dataset = 'shakespeare_char'
+batch_size = 64
+block_size = 256
+
+n_layer = 6
+n_embd = 384
+dropout = 0.2
+
+architecture = 'modern'
+optimizer = 'muon:0.01'
+learning_rate = 1e-3
+min_lr = 1e-5
+max_iters = 1000
+warmup_iters = 50
+ema_decay = 0.98  # over the last 50 steps
+
+eval_interval = 100
+eval_iters = 0  # all of val
+log_interval = 10
+save_interval = 100
