@@ -168,7 +168,7 @@ def launch(name, *words, shape=SMALL, data='letters', hook=None, env=()):
     (WORK / f'{name}.py').write_text(code + 'exec(compile(open(__file__, encoding="utf-8").read(), __file__, "exec"))')
     sizes = [f'--{setting}={size}' for setting, size in shape.items()]
     command = [sys.executable, f'{name}.py', f'--dataset={data}', f'--device={device.type}', f'--out_dir={name}',
-               *sizes, *COMMON, *words]
+               '--architecture=gpt2', '--optimizer=adamw', *sizes, *COMMON, *words]
     with open(WORK / f'{name}.txt', 'w') as log:
         return subprocess.Popen(command, cwd=WORK, stdout=log, stderr=subprocess.STDOUT,
                                 env=os.environ | {'OMP_NUM_THREADS': '1' if cpu else '2'} | dict(env))
@@ -442,7 +442,7 @@ def attention(row):
         heads = [x.requires_grad_() for x in (q, k, v)]
         mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=device).tril()
         model = new_model(dict(n_layer=1, n_head=1, n_embd=64, block_size=T))
-        model.transformer.h[0].attn.heads = lambda x, heads=heads: heads
+        model.transformer.h[0].attn.heads = lambda *args, heads=heads: heads
         model.is_sparse = lambda device, T: False
         idx = torch.zeros(1, T, dtype=torch.int64, device=device)
         with devices.autocast(device, 'bfloat16'):

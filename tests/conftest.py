@@ -26,6 +26,8 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_
         '--eval_interval=5', '--log_interval=1', '--save_interval=5', '--max_iters=10', '--warmup_iters=2',
         '--device=cpu', '--tensorboard=False']
 
+GPT2 = ['--architecture=gpt2', '--optimizer=adamw']  # for tests that look into weights and moments
+
 # figures of metrics.jsonl that differ between two runs of the same steps
 OF_THE_MACHINE = ('time', 'time_ms', 'data_ms', 'tokens_per_second', 'mfu', 'system/cpu_memory_gib',
                   'system/cpu_free_gib', 'system/cpu_percent')
@@ -88,17 +90,18 @@ def some_text(n_chars=20_000, seed=0):
 def templates(zygote, tmp_path_factory):
     """
     {name: folder} for the fixtures of these names to copy, since making them takes a second: 'tiny' has data/tiny,
-    'trained' a run in checkpoints/ too.
+    'trained' and 'trained_gpt2' a run in checkpoints/ too.
     """
-    folders = {name: tmp_path_factory.mktemp(name) for name in ('tiny', 'trained')}
+    folders = {name: tmp_path_factory.mktemp(name) for name in ('tiny', 'trained', 'trained_gpt2')}
     launch = run.__wrapped__(zygote, folders['tiny'])
     (folders['tiny'] / 'data').mkdir()
     (folders['tiny'] / 'text.txt').write_text(some_text(), encoding='utf-8')
     result = launch('prepare.py', '--input=text.txt', '--dataset=tiny')
     assert result.status == 0, result.err
-    copy_folder(folders['tiny'], folders['trained'])
-    result = launch('train.py', '--dataset=tiny', *TINY, cwd=folders['trained'])
-    assert result.status == 0, result.err
+    for name, more in ('trained', []), ('trained_gpt2', GPT2):
+        copy_folder(folders['tiny'], folders[name])
+        result = launch('train.py', '--dataset=tiny', *TINY, *more, cwd=folders[name])
+        assert result.status == 0, result.err
     return folders
 
 
@@ -126,6 +129,13 @@ def tiny(templates, tmp_path):
 def trained(templates, tiny):
     """checkpoints/ in tiny, with a run of ten steps that train.py has made with the TINY settings."""
     copy_folder(templates['trained'] / 'checkpoints', tiny / 'checkpoints')
+    return tiny / 'checkpoints'
+
+
+@pytest.fixture
+def trained_gpt2(templates, tiny):
+    """The same, of a GPT-2 and AdamW."""
+    copy_folder(templates['trained_gpt2'] / 'checkpoints', tiny / 'checkpoints')
     return tiny / 'checkpoints'
 
 

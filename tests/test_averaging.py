@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, copy_folder
+from conftest import GPT2, ROOT, TINY, copy_folder
 from conftest import run as run_of_conftest
 from no_wait import NoWait
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
@@ -27,7 +27,7 @@ def ten(zygote, templates, tmp_path_factory):
     """Made once, for folder to copy."""
     made = tmp_path_factory.mktemp('ten')
     copy_folder(templates['tiny'], made)
-    args = [*TINY, '--max_iters=20', '--save_interval=2', '--decay_lr=False']
+    args = [*TINY, *GPT2, '--max_iters=20', '--save_interval=2', '--decay_lr=False']
     assert run_of_conftest.__wrapped__(zygote, made)('train.py', '--dataset=tiny', *args).status == 0
     return made / 'checkpoints'
 

@@ -203,7 +203,7 @@ def test_it_stops_the_second_time(hooked, tiny):
     assert result.status == 1 and 'Traceback' not in result.err
     assert result.out.count('was bad: back to') == 1
     last = result.out.splitlines()[-1]
-    assert last.startswith('stopped at step 12') and 'the second time' in last and 'learning_rate (it is 0.004)' in last
+    assert last.startswith('stopped at step 12') and 'the second time' in last and 'learning_rate (it is 0.002)' in last
     saved = state(tiny / 'checkpoints')
     assert all(value.isfinite().all() for value in saved['model'].values())
     # what was learnt before is there, and a lower rate goes on from it

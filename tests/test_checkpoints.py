@@ -326,15 +326,15 @@ def test_every_script_refuses_weights_that_are_not_finite(run, trained, script, 
 
 @pytest.mark.parametrize('name', ['exp_avg', 'exp_avg_sq', 'step'])
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
-def test_a_resume_passes_over_moments_that_are_not_finite(run, trained, name, bad):
-    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+def test_a_resume_passes_over_moments_that_are_not_finite(run, trained_gpt2, name, bad):
+    saved = torch.load(trained_gpt2 / 'ckpt.pt', weights_only=True)
     saved['optimizer']['state'][1][name].fill_(bad)
-    os.unlink(trained / 'ckpt.pt')
-    torch.save(saved, trained / 'ckpt.pt')
+    os.unlink(trained_gpt2 / 'ckpt.pt')
+    torch.save(saved, trained_gpt2 / 'ckpt.pt')
     result = run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=12')
     assert result.status == 0 and '; best.pt is taken' in result.out, result.err  # the same state under another name
     assert f"not finite: optimizer['state'][1]['{name}']" in result.out
-    again = checkpoints.load(trained / 'ckpt.pt', resume=True)
+    again = checkpoints.load(trained_gpt2 / 'ckpt.pt', resume=True)
     assert again['iter_num'] == 12 and all(value.isfinite().all() for value in again['optimizer']['state'][1].values())
 
 
@@ -444,14 +444,14 @@ OF_ANOTHER_MODEL = [
     *((*launch, *case) for case in OF_ANOTHER_MODEL[:2] for launch in [
         ('train.py', ['--test']), ('train.py', ['--init_from=checkpoints/ckpt.pt']), ('sample.py', []),
         ('checkpoint_averaging.py', ['--num_checkpoints=1'])])])
-def test_a_checkpoint_of_another_model_is_no_damage(run, tiny, trained, script, args, change, words):
+def test_a_checkpoint_of_another_model_is_no_damage(run, tiny, trained_gpt2, script, args, change, words):
     """Nor is another one taken in its place. The words are those of GPTConfig and of load_state_dict."""
-    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    saved = torch.load(trained_gpt2 / 'ckpt.pt', weights_only=True)
     change(saved)
-    for path in trained.glob('*.pt'):
+    for path in trained_gpt2.glob('*.pt'):
         path.unlink()
     for name in 'ckpt.pt', 'step_0000010.pt', 'best.pt':
-        torch.save(saved, trained / name)
+        torch.save(saved, trained_gpt2 / name)
     result = run(script, *args, *(['--dataset=tiny', '--max_iters=12'] if script == 'train.py' else []))
     assert result.status == 2 and result.err.count('\n') == 1 and words in result.err, result.err
     assert 'holds' in result.err and 'than model.py makes' in result.err and 'damaged' not in result.err + result.out

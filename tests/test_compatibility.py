@@ -64,7 +64,8 @@ def test_the_same_weights_have_the_same_loss(tiny, run):
 
 def test_our_checkpoints_are_laid_out_as_nanogpts(train, tiny):
     """Its GPTConfig(**model_args) takes seven keys, its state dict has these names, its sample.py reads config."""
-    train('--max_iters=1')
+    result = train('--max_iters=1', '--architecture=gpt2', '--optimizer=adamw')
+    assert 'nanoGPT cannot read' not in result.out
     saved = torch.load(tiny / 'checkpoints/ckpt.pt', weights_only=True)
     assert set(saved['model_args']) == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
     block = ['ln_1.weight', 'attn.c_attn.weight', 'attn.c_proj.weight',
@@ -134,3 +135,11 @@ def test_a_meta_pkl_that_will_not_do(tmp_path, capsys, meta):
         tokens.read_meta(tmp_path)
     err = capsys.readouterr().err
     assert 'meta.pkl is damaged or foreign' in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('options, words', [
+    ([], 'architecture = modern, optimizer = muon'), (['--architecture=gpt2'], 'optimizer = muon'),
+    (['--optimizer=adamw', '--architecture=gpt2,qk_norm=True'], 'architecture = gpt2,qk_norm=True')])
+def test_runs_that_nanogpt_cannot_read_say_so(train, options, words):
+    line, = [line for line in train('--max_iters=1', *options).out.splitlines() if 'nanoGPT' in line]
+    assert line.startswith(f'nanoGPT cannot read the checkpoints of this run: {words}')

@@ -17,6 +17,7 @@ from functools import reduce
 import numpy as np
 import pytest
 import torch
+from conftest import GPT2
 
 from kit.data import tokens
 from kit.learn import averages, optimizers
@@ -313,7 +314,7 @@ def use(folder):
 
 def test_every_key_with_hostile_values(train, tiny, capsys):
     """A sample of some 5,000 pairs, another one where a key is new."""
-    assert train('--ema_decay=0.9', '--dtype=float16').status == 0
+    assert train(*GPT2, '--ema_decay=0.9', '--dtype=float16').status == 0
     folder = tiny / 'checkpoints'
     saved = torch.load(folder / 'ckpt.pt', weights_only=True)
     for name in 'ckpt.pt', 'best.pt', 'step_0000010.pt':

@@ -231,7 +231,7 @@ torch.cpu.get_capabilities = lambda: {'architecture': 'x86_64', 'avx512_bf16': %
 """
 
 
-def test_what_auto_stood_for_is_stored_and_goes_on_elsewhere(hooked, trained, tiny):
+def test_what_auto_stood_for_is_stored_and_goes_on_elsewhere(hooked, trained_gpt2, tiny):
     """Losses are those of the same format as asked for, here and on another CPU."""
     new, old = MADE_UP_CPU % True, MADE_UP_CPU % False
     in_config = lambda name: json.loads((tiny / name / 'config.json').read_text())['settings']['dtype']
@@ -244,7 +244,7 @@ def test_what_auto_stood_for_is_stored_and_goes_on_elsewhere(hooked, trained, ti
     assert f'\ndtype: bfloat16 (as the run began; this CPU {IS_SLOW}float32)\n' in gone_on.out
     assert losses(taken) | losses(gone_on) == whole
 
-    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    saved = torch.load(trained_gpt2 / 'ckpt.pt', weights_only=True)
     assert saved['config']['dtype'] == 'float32'
     stored_before = saved['config'].keys() - {'threads', 'compile'}
     for name, settings in {  # of an earlier flatGPT; of nanoGPT, which computes in float32 on a CPU

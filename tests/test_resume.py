@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import OF_THE_MACHINE, ROOT, TINY, hooked_script, losses, records, torchrun
+from conftest import GPT2, OF_THE_MACHINE, ROOT, TINY, hooked_script, losses, records, torchrun
 
 # sends the process a signal in the middle of a step
 SEND = ('import os, signal\nfrom kit.data import batches\nsound, SIGNAL = batches.torch_seed, signal.{name}\n'
@@ -45,7 +45,7 @@ def told(result):
     ['--sampling=random'], ['--sampling=shuffle'], ['--sampling=sequential'], ['--gradient_accumulation_steps=2'],
     ['--ema_decay=0.9'], ['--swa_start=3'], ['--swa_start=6'], ['--dtype=bfloat16'], ['--beta2=0.9', '--bias=True'],
     ['--always_save_checkpoint=False', '--save_interval=3'],
-    ['--lr_schedule=plateau:1:0.5', '--eval_interval=1', '--learning_rate=0.3'],
+    ['--lr_schedule=plateau:1:0.5', '--eval_interval=1', '--learning_rate=0.3', *GPT2],
     ['--grad_clip_quantile=0.5', '--grad_clip=0.5', '--max_iters=20'],
     ['--lr_by_norm', '--learning_rate=0.3', '--max_iters=20'],
     ['--early_stop=9', '--eval_interval=1', '--learning_rate=1e-9', '--min_lr=0', '--max_iters=99'],
@@ -173,7 +173,7 @@ def test_on_another_text(train, run, tiny):
 
 @pytest.mark.parametrize('change, named', [
     (lambda saved: saved['optimizer'].update(param_groups=[]), 'its groups have []'),
-    (lambda saved: saved['optimizer'].update(state={}), 'nothing of what AdamW keeps'),
+    (lambda saved: saved['optimizer'].update(state={}), 'nothing of what Muon keeps'),
     (lambda saved: saved['optimizer']['param_groups'].pop(), 'does not fit'),
     (lambda saved: saved.update(iter_num=-5), 'iter_num'),
     (lambda saved: saved.update(rewinds=-1), 'bad steps'),
@@ -234,7 +234,8 @@ def test_a_new_run_from_weights(train, run, tiny):
     train('--dropout=0.2', '--weight_decay=0.3', '--ema_decay=0.9')
     old = torch.load(tiny / 'checkpoints/best.pt', weights_only=True)
     args = ['--dataset=tiny', '--max_iters=3', '--block_size=8', '--learning_rate=1e-9', '--min_lr=0', '--eval_iters=2',
-            '--device=cpu', '--tensorboard=False', '--log_interval=1', '--weight_decay=0']
+            '--device=cpu', '--tensorboard=False', '--log_interval=1', '--weight_decay=0',
+            '--optimizer=adamw']
     for weights, key in ('auto', 'ema'), ('raw', 'model'):
         result = run('train.py', '--init_from=checkpoints/best.pt', *args, '--out_dir=tuned', f'--weights={weights}')
         assert result.status == 0, result.err
@@ -261,7 +262,7 @@ def test_a_new_run_from_weights(train, run, tiny):
     (['--max_bad_steps=-1'], ['max_bad_steps']),
     (['--ema_decay=0.9', '--swa_start=3'], ['ema_decay', 'swa_start', 'one average']),
 ])
-def test_what_will_not_do(run, tiny, trained, args, named):
+def test_what_will_not_do(run, tiny, trained_gpt2, args, named):
     (tiny / 'text.pt').write_text('no archive')
     before = sorted(tiny.rglob('*'))
     result = run('train.py', '--dataset=tiny', '--device=cpu', *args)

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, losses, records, torchrun
+from conftest import GPT2, ROOT, losses, records, torchrun
 
 from kit.data import batches
 
@@ -84,7 +84,7 @@ def test_the_step_against_plain_torch(train, tiny):
     from model import GPT, GPTConfig
     settings = ['--max_iters=3', '--batch_size=3', '--gradient_accumulation_steps=2', '--grad_clip=0.5',
                 '--warmup_iters=0', '--decay_lr=False', '--learning_rate=0.01', '--weight_decay=0.3', '--beta2=0.9']
-    result = train(*settings)
+    result = train(*GPT2, *settings)
     ours = torch.load(tiny / 'checkpoints/ckpt.pt', weights_only=True)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(**ours['model_args']))
@@ -164,7 +164,7 @@ def test_resume_takes_its_settings_from_the_checkpoint(run, train, tiny):
 
 
 def test_checkpoints_hold_what_is_promised(train, tiny):
-    train()
+    train(*GPT2)
     saved = torch.load(tiny / 'checkpoints/ckpt.pt', weights_only=True)
     assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= saved.keys()
     assert saved['model_args'] == dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=27,
