@@ -84,7 +84,7 @@ def test_overwrite(run, tiny):
 def test_a_missing_small_dataset_is_prepared(run, tmp_path):
     clone = tmp_path / 'clone'  # a fresh one, without datasets
     shutil.copytree(corpora.ROOT / 'kit', clone / 'kit')
-    for script in 'train.py', 'model.py':
+    for script in 'train.py', 'model.py', 'attention.py':
         shutil.copy(corpora.ROOT / script, clone)
     result = run(clone / 'train.py', *TINY, '--dry_run', cwd=clone)
     assert result.status == 0 and 'preparing the dataset python_docs' in result.out, result.err

@@ -83,7 +83,7 @@ def test_a_replay_is_made_with_what_was_then(run, tiny, trained):
         shutil.copy(path, code)
     shutil.copytree(ROOT / 'kit', code / 'kit')
     for name, old, new in [
-            ('model.py', "    FREE = 'dropout',\n", "    FREE = 'dropout',\n    wide: int = 4\n"),
+            ('model.py', "    PRESETS = {", "    wide: int = 4\n    PRESETS = {"),
             ('model.py', '4 * config.n_embd', 'config.wide * config.n_embd'),
             ('train.py', 'n_layer = 2 ', 'wide = 2  # >= 1: as wide\nn_layer = 2 '),
             ('train.py', 'ema_decay = 0.0 ', 'younger = 0.5  # >= 0: an addition to the loss\nema_decay = 0.0 '),

@@ -419,7 +419,7 @@ def test_a_first_run_on_a_set_that_is_being_made(run, place, name):
 def test_three_first_runs_at_once_make_the_dataset_once(zygote, tmp_path):
     clone = tmp_path / 'clone'  # a fresh one, without datasets
     shutil.copytree(ROOT / 'kit', clone / 'kit')
-    for script in 'train.py', 'model.py':
+    for script in 'train.py', 'model.py', 'attention.py':
         shutil.copy(ROOT / script, clone)
     result = launch_all(zygote, tmp_path, str(clone / 'train.py'), [*TINY, '--dry_run', '--dataset=python_docs'], clone,
                         [{**os.environ}] * 3)
