@@ -32,7 +32,7 @@ class GPTConfig:
     block_size: int = 1024          # the longest row, T at most
     vocab_size: int = 50304         # GPT-2's 50257, rounded up to a multiple of 64: matrix products like that
     n_layer: int = 12
-    n_head: int = 12                # 0: one per 64 channels
+    n_head: int = 12                # 0: one per 64 channels, or the nearest number below that divides n_embd
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True               # biases in the linear layers and LayerNorms, as in GPT-2; without is a bit faster
@@ -66,7 +66,6 @@ class GPTConfig:
                 raise ValueError(f'{f.name} = {value!r} should be one of {", ".join(get_args(f.type))}')
             if f.type in (int, float, bool, str) and not isinstance(value, (int, float) if f.type is float else f.type):
                 raise ValueError(f'{f.name} = {value!r} should be of type {f.type.__name__}')
-        # one head per 64 channels; where that does not divide n_embd, the nearest smaller number that does
         self.n_head = self.n_head or max(n for n in range(1, max(1, self.n_embd // 64) + 1) if self.n_embd % n == 0)
         for name in 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size':
             if getattr(self, name) < 1:
@@ -80,7 +79,8 @@ class GPTConfig:
 
     def least_numbers(self):
         """No model of this configuration has fewer; known before one is made, which may take for ever."""
-        return self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
+        V, by_layer = self.vocab_size, self.n_embd if self.vocab_size <= self.value_embeddings else 0
+        return self.n_layer * (self.n_embd**2 + V * by_layer) + V * self.n_embd + (V * V if V <= self.bigrams else 0)
 
     def args(self):
         """model_args of a checkpoint: nanoGPT's fields, so that it can read them; others where they are no defaults."""

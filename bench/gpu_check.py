@@ -53,7 +53,7 @@ POOL = ThreadPoolExecutor(max(2, (os.cpu_count() or 1) // 2))  # for runs that n
 
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, batch_size=4)
 SMALL = TINY if cpu else dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=8)
-DEFAULT = TINY if cpu else dict(n_layer=2, n_head=2, n_embd=128, block_size=64, batch_size=12)  # that of train.py
+DEFAULT = TINY if cpu else dict(n_layer=2, n_head=2, n_embd=128, block_size=64, batch_size=12)  # train_python_docs_gpt2
 SHAKESPEARE = TINY if cpu else dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64)  # 10.7M parameters
 GPT2 = TINY if cpu else dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12)  # 124M
 IDS = {'letters': 65, 'words': 65 if cpu else 50257}  # the datasets

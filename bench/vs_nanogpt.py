@@ -5,7 +5,7 @@ $ python bench/vs_nanogpt.py --peer=CHECKOUT                    all parts, each 
 $ python bench/vs_nanogpt.py --peer=CHECKOUT --parts=recipe,launch --runs=9 --json=found.json
 
 recipe    a step of the recipe that nanoGPT's README has for a CPU: 4 layers, 4 heads, 128 channels, 12 x 64 tokens
-default   of the default model of train.py: 2 layers, 2 heads, 128 channels, 12 x 64 tokens
+default   of config/train_python_docs_gpt2.py: 2 layers, 2 heads, 128 channels, 12 x 64 tokens
 10m       of 10.7M parameters: 6 layers, 6 heads, 384 channels, 16 x 256 tokens
 gpt2      of 124M parameters, 12 x 1024 random tokens; on a GPU only
 launch    from the start of the process to the end of its first step, the evaluation of step 0 included; the recipe

@@ -1,4 +1,4 @@
-# GPT-2 (124M) on OpenWebText in a sixth of nanoGPT's tokens: another block, Muon, a linear way down
+# GPT-2 small on OpenWebText, 3.3 billion tokens: another block, Muon, a linear way down; its untied head makes it 162M
 # $ python prepare.py openwebtext
 # $ torchrun --standalone --nproc_per_node=8 train.py config/speedrun_gpt2.py
 # Made ready on a CPU, by what smaller models and others' records showed; it has not run on a GPU yet.

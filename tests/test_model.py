@@ -107,6 +107,14 @@ def test_a_config_refuses_what_will_not_do(change):
         GPTConfig(**CONFIG | change)
 
 
+@every
+def test_no_model_has_fewer_numbers_than_its_config_says(model):
+    """So that a file cannot ask for a table that takes all memory: this is asked before a model is made."""
+    assert model.config.least_numbers() <= model.count_params(non_embedding=False)
+    tables = GPTConfig(vocab_size=10**6, n_embd=8, n_head=1, n_layer=2, bigrams=10**6, value_embeddings=10**6)
+    assert tables.least_numbers() > 10**12 + 2 * 8 * 10**6
+
+
 def test_weights_of_another_size(model):
     """Positions are cut, new ids are the mean of the others; what fits stays as it is."""
     model = GPT(GPTConfig(**CONFIG))

@@ -98,13 +98,13 @@ def test_the_loop_reads_as_the_algorithm():
     assert len(source.splitlines()) <= 420 and len((ROOT / 'model.py').read_text().splitlines()) <= 450
     given = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)
              and any(ast.unparse(arg) == 'globals()' for arg in node.args)]
-    call, = given  # no other helper gets the settings to change them
-    assert call.startswith('overrides.apply(globals(), rules.TRAIN')
+    call = 'overrides.apply(globals(), rules.TRAIN, more_help=presets.help_text(GPTConfig))'
+    assert given == [call], 'no other helper gets the settings to change them'
 
 
 def test_no_module_is_long():
     long = {path.name: n for path in [*ROOT.glob('*.py'), *MODULES.values()]
-            if (n := len(path.read_text(encoding='utf-8').splitlines())) > 570}
+            if (n := len(path.read_text(encoding='utf-8').splitlines())) > 560}
     assert not long
 
 

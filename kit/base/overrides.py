@@ -71,7 +71,8 @@ def apply(settings, rules=(), operands=None, more_help=''):
     defaults = {k: v for k, v in settings.items() if not k.startswith('_') and type(v) in TYPES}
     if {'--help', '-h'} & set(sys.argv[1:]):
         print_help(settings, list(defaults))
-        print(f'\n{more_help}' if more_help else '', end='\n' if more_help else '')
+        if more_help:
+            print(f'\n{more_help}')
         raise SystemExit(0)
     if not os.path.isfile(settings.get('__file__', '')):
         print('WARNING: the source of this script is no file, so what its comments say of the settings is not checked')

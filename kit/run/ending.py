@@ -26,7 +26,7 @@ def finish(due, clock, s, model, data, meta, journal, device, dtype):
     signals.obey()
     journal.show('checkpoints', out_dir)  # not where a signal came: who sends it waits for some seconds only
     if due.end == BAD_STEPS:
-        print(diagnosis.stopped_by_bad_numbers(step, int(due.state.bad_steps[0]), s['learning_rate'], dtype))
+        print(stopped_by_bad_numbers(step, int(due.state.bad_steps[0]), s['learning_rate'], dtype))
         return 1
     show_why(due, out_dir, model)
     print(clock.in_words())
@@ -39,6 +39,14 @@ def finish(due, clock, s, model, data, meta, journal, device, dtype):
         is_sound = all(map(math.isfinite, journal.history.get('val/loss', 1)[1]))
         show_next_commands(out_dir, model.config.causal, is_sound)
     return 0 if due.is_saved else 1  # 1: the last state could not be saved
+
+
+def stopped_by_bad_numbers(step, in_a_row, learning_rate, dtype):
+    """Why a run stops that meets nothing but bad numbers, and what may help."""
+    return (f'stopped at step {step}: the loss or the gradient of {in_a_row} steps in a row was not finite, for the '
+            'second time and with other text. '
+            f'What helps: a lower learning_rate (it is {learning_rate:g}), more warmup_iters, a grad_clip of 1.0, '
+            + ('dtype = bfloat16 or float32, ' if dtype == 'float16' else '') + 'a look at the data')
 
 
 def show_why(due, out_dir, model):

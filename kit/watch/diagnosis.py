@@ -557,11 +557,3 @@ def early_stop(val_losses, patience, min_delta, norms=()):
                     f'the last {len(norms)} updates; --init_from=resume --early_stop_norm=False goes on, a lower '
                     'learning_rate is better')
     return ''
-
-
-def stopped_by_bad_numbers(step, in_a_row, learning_rate, dtype):
-    """Why a run stops that meets nothing but bad numbers, and what may help."""
-    return (f'stopped at step {step}: the loss or the gradient of {in_a_row} steps in a row was not finite, for the '
-            'second time and with other text. '
-            f'What helps: a lower learning_rate (it is {learning_rate:g}), more warmup_iters, a grad_clip of 1.0, '
-            + ('dtype = bfloat16 or float32, ' if dtype == 'float16' else '') + 'a look at the data')
