@@ -42,19 +42,16 @@ class GPTConfig:
     position: Literal['learned', 'rope'] = 'learned'  # a vector for each, or queries and keys turned by an angle
     embed_norm: bool = False        # the embeddings are normalized, too
     qk_norm: bool = False           # queries and keys are, so that no logit of the attention explodes
-    mlp: Literal['gelu', 'relu2', 'swiglu'] = 'gelu'  # what stands between its two matrices
+    mlp: Literal['gelu', 'swiglu'] = 'gelu'  # what stands between its two matrices
     zero_init: bool = False         # what is added to the residual stream begins as nothing
     tied: bool = True               # one matrix reads the tokens and predicts them
-    input_shortcut: bool = False    # each block gets the embeddings once more, times a number that it learns
-    # tables for vocabularies of no more ids than this:
-    value_embeddings: int = 0       # of each layer: what a token by itself gives to those that look at it
-    bigrams: int = 0                # what follows a token, whatever was before: logits (V, V)
+    bigram_embeddings: int = 0      # up to so many ids each pair of them has a vector, beside that of the second
 
     PRESETS = {  # this and what follows are no fields
         'gpt2': dict(position='learned', embed_norm=False, qk_norm=False, mlp='gelu', zero_init=False, tied=True,
-                     input_shortcut=False, value_embeddings=0, bigrams=0),
+                     bigram_embeddings=0),
         'modern': dict(position='rope', embed_norm=True, qk_norm=True, mlp='gelu', zero_init=True, tied=False,
-                       input_shortcut=True, value_embeddings=512, bigrams=512),
+                       bigram_embeddings=128),
     }
     FREE = 'dropout',  # weights do not depend on it: a resume may change it
     RESIZABLE = 'block_size',  # may change where a new run begins with the weights of another, see GPT.fitted
@@ -79,8 +76,8 @@ class GPTConfig:
 
     def least_numbers(self):
         """No model of this configuration has fewer; known before one is made, which may take for ever."""
-        V, by_layer = self.vocab_size, self.n_embd if self.vocab_size <= self.value_embeddings else 0
-        return self.n_layer * (self.n_embd**2 + V * by_layer) + V * self.n_embd + (V * V if V <= self.bigrams else 0)
+        V, C = self.vocab_size, self.n_embd
+        return self.n_layer * C**2 + V * C * (V if V <= self.bigram_embeddings else 1)
 
     def args(self):
         """model_args of a checkpoint: nanoGPT's fields, so that it can read them; others where they are no defaults."""
@@ -113,13 +110,11 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
-        if config.vocab_size <= config.value_embeddings:  # Zhou et al. 2024, arXiv:2410.17897
-            self.vte = nn.Embedding(config.vocab_size, config.n_embd)
 
-    def forward(self, x, idx, turn=None, cache=None, mask=None):
-        """x: (B, T, C); idx: (B, T), the ids that it came from; turn: see rotation; mask: see attention_weights."""
+    def forward(self, x, turn=None, cache=None, mask=None):
+        """x: (B, T, C); turn: see rotation; mask: see attention_weights."""
         B, T, C = x.shape
-        q, k, v = self.heads(x, idx, turn)  # (B, H, T, C/H)
+        q, k, v = self.heads(x, turn)  # (B, H, T, C/H)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, H, all tokens so far, C/H)
         # a single new token needs no mask, it may look at everything that came before
@@ -128,42 +123,39 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
-    def heads(self, x, idx, turn):
+    def heads(self, x, turn):
         """Queries, keys and values, each (B, H, T, C/H)."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        if hasattr(self, 'vte'):
-            v = v + self.vte(idx).type_as(v)
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))
+        heads = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)  # first the queries'
+        qk, v = heads.split([2 * self.n_head, self.n_head], dim=1)
         if self.qk_norm:  # Dehghani et al. 2023, arXiv:2302.05442
-            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
-        return (q, k, v) if turn is None else (rotated(q, turn), rotated(k, turn), v)
+            qk = F.layer_norm(qk, qk.shape[-1:])
+        if turn is not None:
+            qk = rotated(qk, turn)
+        return *qk.chunk(2, dim=1), v
 
-    def weights(self, x, idx, turn=None, cache=None, mask=None):
+    def weights(self, x, turn=None, cache=None, mask=None):
         """Who looks where, for pictures: what forward takes, without a cache -> (B, H, T, T), a row sums to 1."""
-        q, k, _ = self.heads(x, idx, turn)
+        q, k, _ = self.heads(x, turn)
         return attention_weights(q.float(), k.float(), None, self.causal)
 
 
 class MLP(nn.Module):
-    """Each token on its own: four times as wide, GELU or another function, and back."""
+    """Each token on its own: four times as wide, GELU or a gate, and back."""
 
     def __init__(self, config):
         super().__init__()
-        self.kind, width = config.mlp, 4 * config.n_embd
-        if self.kind == 'swiglu':  # two of its three matrices go in: two thirds of the width make it as large
+        self.is_gated, width = config.mlp == 'swiglu', 4 * config.n_embd
+        if self.is_gated:  # a third matrix: two thirds of the width make it as large
             width = 64 * math.ceil(width * 2 / 3 / 64)
-        self.c_fc = nn.Linear(config.n_embd, width * (2 if self.kind == 'swiglu' else 1), bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, width * (1 + self.is_gated), bias=config.bias)
         self.gelu = nn.GELU(approximate=config.gelu_approximate)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         x = self.c_fc(x)  # (B, T, 4 C)
-        if self.kind == 'relu2':  # So et al. 2021, arXiv:2109.08668
-            x = F.relu(x)
-            x = x * x  # faster than square, backwards
-        elif self.kind == 'swiglu':  # Shazeer 2020, arXiv:2002.05202
+        if self.is_gated:  # Shazeer 2020, arXiv:2002.05202
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
         else:
@@ -180,14 +172,9 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
-        if config.input_shortcut:
-            self.shortcut = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x, x0, *context):
-        """x: (B, T, C), the stream; x0: what it was before the first block; context: what attention takes beside."""
-        if hasattr(self, 'shortcut'):
-            x = x + self.shortcut * x0
-        x = x + self.attn(self.ln_1(x), *context)
+    def forward(self, x, turn=None, cache=None, mask=None):
+        x = x + self.attn(self.ln_1(x), turn, cache, mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -199,7 +186,13 @@ class KVCache:
     """
 
     def __init__(self, block_size):
-        self.block_size, self.length, self.k = block_size, 0, None
+        self.block_size, self.length, self.k, self.last = block_size, 0, None, None
+
+    def swap(self, idx):
+        """Keep the newest ids (B, 1) -> those that were the newest until now."""
+        before = idx if self.last is None else self.last.clone()
+        self.last = idx.clone() if self.last is None else self.last.copy_(idx)
+        return before
 
     def extend(self, k, v):
         """Write the (B, H, T, D) of T new tokens behind the others; returns those of all tokens so far."""
@@ -221,6 +214,8 @@ class GPT(nn.Module):
         self.config = config
         self.slides = config.position == 'rope'  # a full window can move on: only distances count
         parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.vocab_size <= config.bigram_embeddings:  # Huang et al. 2025, arXiv:2501.16975
+            parts['bte'] = nn.Embedding((config.vocab_size + 1) * config.vocab_size, config.n_embd)
         if config.position == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         if config.embed_norm:
@@ -233,11 +228,9 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:  # Press and Wolf 2016, arXiv:1608.05859; it then goes by the name of the embedding
             self.transformer.wte.weight = self.lm_head.weight
-        if config.vocab_size <= config.bigrams:
-            self.bigrams = nn.Embedding(config.vocab_size, config.vocab_size)
 
         for name, p in self.named_parameters():
-            if name == 'bigrams.weight' or config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+            if 'bte' in name or config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
                 nn.init.zeros_(p)
             elif p.dim() >= 2:
                 # 2 n_layer projections add up in the residual stream; GPT-2 starts them smaller by the root of that
@@ -256,15 +249,10 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, documents=documents)
         if targets is None:
-            return self.logits(x[:, [-1]], idx[:, [-1]]), None
-        logits = self.logits(x, idx)
+            return self.lm_head(x[:, [-1]]), None
+        logits = self.lm_head(x)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         return None if loss_alone else logits, loss
-
-    def logits(self, x, idx):
-        """What comes after tokens: x (B, T, C), which hidden has made of their ids (B, T) -> (B, T, V)."""
-        logits = self.lm_head(x)
-        return logits + self.bigrams(idx) if hasattr(self, 'bigrams') else logits
 
     def hidden(self, idx, caches=None, documents=None, padding=None):
         """
@@ -292,14 +280,23 @@ class GPT(nn.Module):
             turn = rotation(positions, self.config.n_embd // self.config.n_head)
         else:
             x = x + self.transformer.wpe(positions)
+        if 'bte' in self.transformer:
+            x = x + self.transformer.bte(self.pairs(idx, positions, caches[0] if caches else None))
         if self.config.embed_norm:
             x = self.transformer.ln_e(x)
-        x = x0 = self.transformer.drop(x)
+        x = self.transformer.drop(x)
         is_plain = self.config.causal and not caches and documents is None
         with nullcontext() if is_plain else sdpa_kernel(WITHOUT_CUDNN):
             for i, block in enumerate(self.transformer.h):
-                x = block(x, x0, idx, turn, caches[i] if caches else None, mask)
+                x = block(x, turn, caches[i] if caches else None, mask)
         return self.transformer.ln_f(x)
+
+    def pairs(self, idx, positions, cache):
+        """(B, T) ids -> their rows in the table of pairs: that of (none, id) at the first position of a text."""
+        before = F.pad(idx[:, :-1], (1, 0))
+        if cache is not None:
+            before[:, :1] = cache.swap(idx[:, -1:])
+        return torch.where(positions == 0, 0, before + 1) * self.config.vocab_size + idx
 
     def is_sparse(self, device, T):
         """
@@ -317,11 +314,11 @@ class GPT(nn.Module):
         """Read (B, T) ids into caches, which are emptied -> logits (B, V) of what comes next. padding: see hidden."""
         for cache in caches:
             cache.length = 0
-        return self.logits(self.hidden(idx, caches, padding=padding)[:, -1], idx[:, -1])
+        return self.lm_head(self.hidden(idx, caches, padding=padding)[:, -1])
 
     def decode(self, idx, caches, padding=None):
         """The same for the (B, 1) ids that follow on those in the caches."""
-        return self.logits(self.hidden(idx, caches, padding=padding)[:, -1], idx[:, -1])
+        return self.lm_head(self.hidden(idx, caches, padding=padding)[:, -1])
 
     @torch.no_grad()
     def stream(self, idx, temperature=1.0, top_k=0, top_p=1.0, n_ids=None, others=(), gaps=(), is_static=False):
@@ -364,8 +361,8 @@ class GPT(nn.Module):
                     position.fill_(length)
                     for cache in sum(caches, []):
                         cache.length = position
-                        for x in cache.k, cache.v:  # which the step writes to: a CUDA graph is to find them there again
-                            torch._dynamo.mark_static_address(x)
+                        for x in filter(torch.is_tensor, (cache.k, cache.v, cache.last)):
+                            torch._dynamo.mark_static_address(x)  # the step writes to it: a CUDA graph finds it again
             # Learned positions are absolute: a full window cannot slide along. It is read anew from its second half,
             # which costs two token-forwards a token in the long run; a window that slides would cost block_size.
             half, idx = max(1, block_size // 2), torch.cat(seen, dim=1)  # (B, block_size + 1)
@@ -422,12 +419,14 @@ class GPT(nn.Module):
                 raise ValueError(f'block_size = {self.config.block_size}: these weights know {len(state[name])} '
                                  'positions, no more')
             state[name] = state[name][:self.config.block_size]
-        by_id = 'wte.weight', 'vte.weight', 'lm_head.weight', 'bigrams.weight'
-        for name in [name for name in state if name.endswith(by_id)]:
-            for dim in range(2 if name == 'bigrams.weight' else 1):
-                if (new := self.config.vocab_size - state[name].size(dim)) > 0:
-                    mean = state[name].mean(dim, keepdim=True)
-                    state[name] = torch.cat([state[name], mean.repeat_interleave(new, dim)], dim)
+        old, new = len(state.get('transformer.wte.weight', ())), self.config.vocab_size
+        by_id = 'wte.weight', 'lm_head.weight', 'bte.weight'
+        for name in [name for name in state if 0 < old < new and name.endswith(by_id) and len(state[name]) % old == 0]:
+            table = state[name].unflatten(0, (-1, old))  # (1, old, C); of pairs (1 + old, old, C)
+            for dim in (0, 1) if name.endswith('bte.weight') else (1,):
+                mean = table.mean(dim, keepdim=True)
+                table = torch.cat([table, mean.repeat_interleave(new - old, dim)], dim)
+            state[name] = table.flatten(0, 1)
         return state
 
 

@@ -15,6 +15,8 @@ batches   a get_batch of 64 x 256 tokens, warm, on the CPU
 memory    the most that the training process has in memory (RSS), 10.7M parameters, seven steps, two evaluations, a save
 losses    what the recipe's 2,000 steps have learned: flatGPT measures both last checkpoints in float32, on all of val.
           One seed each, as nanoGPT has no other: it shows a fault, not a hundredth
+speedrun  from the start of the process to the end of training, on a CPU: of nanoGPT's recipe, and of
+          config/speedrun_shakespeare_char_cpu.py, which comes to the same loss
 
 Each side comes as its README has it: nanoGPT on a CPU with --device=cpu --compile=False, flatGPT with nothing but the
 sizes, so that it chooses format, compiler and threads; once more both in float32 without a compiler, as nanoGPT comes
@@ -218,10 +220,22 @@ def losses(side):
     return {'nats a token of val': float(re.search(r'val loss ([\d.]+)', ''.join(line for _, line in lines))[1])}
 
 
+def speedrun(side):
+    words = ['--eval_interval=1000000', '--eval_iters=1', '--log_interval=100']  # an evaluation takes milliseconds
+    if side.startswith('nanoGPT'):
+        lines, _, _ = train(side, 'recipe', *words, last='iter 2000:')
+    else:
+        with tempfile.TemporaryDirectory(dir=WORK) as out_dir:
+            lines, _, _ = run(side, 'train.py', ['config/speedrun_shakespeare_char_cpu.py', f'--out_dir={out_dir}',
+                                                 *words], last='step 200:')
+    return {'s to the end of training': lines[-1][0]}
+
+
 PARTS = {  # and their turns
     'recipe': (partial(step, part='recipe'), 5), 'default': (partial(step, part='default'), 5),
     '10m': (partial(step, part='10m'), 3), 'gpt2': (partial(step, part='gpt2'), 2), 'launch': (launch, 7),
     'sampling': (sampling, 2), 'batches': (batches, 9), 'memory': (memory, 2), 'losses': (losses, 1),
+    'speedrun': (speedrun, 3),
 }
 
 
@@ -229,7 +243,7 @@ def in_turn(part):
     """{what: {side: [figure of each turn]}}."""
     measure, n = PARTS[part]
     n, found = n if part == 'losses' else runs or n, {}
-    sides = list(SIDES)[:2] if part == 'batches' else [*SIDES, *COMPILED] if part in CASES else SIDES
+    sides = list(SIDES)[:2] if part in ('batches', 'speedrun') else [*SIDES, *COMPILED] if part in CASES else SIDES
     for turn in range(n):
         for side in sides:
             for what, figure in measure(side).items():

@@ -15,7 +15,7 @@ n_embd = 768
 dropout = 0.0
 bias = False
 
-architecture = 'modern,mlp=relu2'
+architecture = 'modern'
 optimizer = 'muon:0.02'
 learning_rate = 2e-3
 min_lr = 0.0

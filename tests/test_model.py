@@ -111,8 +111,8 @@ def test_a_config_refuses_what_will_not_do(change):
 def test_no_model_has_fewer_numbers_than_its_config_says(model):
     """So that a file cannot ask for a table that takes all memory: this is asked before a model is made."""
     assert model.config.least_numbers() <= model.count_params(non_embedding=False)
-    tables = GPTConfig(vocab_size=10**6, n_embd=8, n_head=1, n_layer=2, bigrams=10**6, value_embeddings=10**6)
-    assert tables.least_numbers() > 10**12 + 2 * 8 * 10**6
+    table = GPTConfig(vocab_size=10**6, n_embd=8, n_head=1, n_layer=2, bigram_embeddings=10**6)
+    assert table.least_numbers() > 8 * 10**12
 
 
 def test_weights_of_another_size(model):
@@ -128,12 +128,39 @@ def test_weights_of_another_size(model):
     assert set(state) == set(model.state_dict()) and len(wte) == 23  # what was given is not changed
 
 
+def test_new_ids_change_nothing_for_the_old():
+    """All tables grow: that of pairs by the new ones after each id, and by those after each new one."""
+    model, ids = make_model(MODERN), torch.randint(23, (2, 16))
+    other = GPT(GPTConfig(**CONFIG | MODERN | {'vocab_size': 25})).eval()
+    other.load_state_dict(other.fitted(model.state_dict()))
+    torch.testing.assert_close(other(ids, ids)[0][..., :23], model(ids, ids)[0])
+    old, new = (m.transformer.bte.weight.view(-1, m.config.vocab_size, 16) for m in (model, other))
+    torch.testing.assert_close(new[7, 24], old[7].mean(0))
+    torch.testing.assert_close(new[25, 7], old[:, 7].mean(0))
+
+
 def test_the_masks_of_old_nanogpt_are_left_out(model):
     """But not what a model has of that name itself."""
     state = model.state_dict() | {'transformer.h.0.attn.bias': torch.ones(1, 1, 16, 16).tril()}
     assert model.fitted(state).keys() == model.state_dict().keys()
     model.transformer.h[0].attn.bias = torch.nn.Parameter(torch.ones(16))
     assert 'transformer.h.0.attn.bias' in model.fitted(model.state_dict())
+
+
+def test_a_pair_has_a_vector_of_its_own():
+    """Beside that of its second token; and a token with none before it in its text has one, too."""
+    model = make_model({'bigram_embeddings': 23})
+    ids, documents = torch.randint(23, (2, 9)), torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [3] * 9])
+    with torch.no_grad():
+        model.transformer.wpe.weight.zero_()
+    table, seen = model.transformer.bte.weight.view(24, 23, 16), []
+    model.transformer.drop.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    model.hidden(ids, documents=documents)
+    for row in range(2):
+        for t in range(9):
+            is_first = t == 0 or documents[row, t] != documents[row, t - 1]
+            pair = table[0 if is_first else ids[row, t - 1] + 1, ids[row, t]]
+            torch.testing.assert_close(seen[0][row, t], model.transformer.wte.weight[ids[row, t]] + pair)
 
 
 @every
@@ -163,7 +190,7 @@ def test_documents_that_share_a_row_are_read_as_if_each_were_alone(model):
     torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
     targets = torch.randint(23, (1, 16))
     loss = model(row, targets, documents)[1]
-    terms = F.cross_entropy(model.logits(alone, row)[0], targets[0])
+    terms = F.cross_entropy(model.lm_head(alone)[0], targets[0])
     torch.testing.assert_close(loss, terms, rtol=1e-4, atol=1e-5)
 
 
@@ -178,7 +205,7 @@ def test_the_attention_in_pictures_is_the_one_that_computes(model):
     assert maps.shape == (3, 2, 11, 11) and np.allclose(maps.sum(-1), 1, atol=1e-5)
     assert np.allclose(maps, np.tril(maps))
     for layer, (attn, (args, out)) in zip(maps, seen.items()):
-        _, _, v = attn.heads(*args[:3])
+        _, _, v = attn.heads(*args[:2])
         y = (torch.from_numpy(layer) @ v[0]).transpose(0, 1).reshape(1, 11, 16)
         torch.testing.assert_close(attn.c_proj(y), out, rtol=1e-4, atol=1e-5)
 
@@ -300,7 +327,7 @@ def test_a_window_that_is_full_slides(model, monkeypatch, is_static):
     for row, start in zip(range(2), padding.tolist()):
         monkeypatch.setattr(models, 'inside_documents', lambda *args, n=start: window[None, None, n:, n:])
         ids = idx[[row], start:]
-        whole = model.logits(model.hidden(ids, documents=torch.zeros(1, T - start)), ids)[0]
+        whole = model.lm_head(model.hidden(ids, documents=torch.zeros(1, T - start)))[0]
         torch.testing.assert_close(torch.stack(logits, dim=1)[row], whole[8 - start:], rtol=1e-4, atol=1e-4)
 
 

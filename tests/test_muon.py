@@ -39,8 +39,9 @@ def give_gradients(seed, *parameters):
 
 
 def test_matrices_move_as_in_torchs_muon_and_all_else_as_in_adamw(monkeypatch):
-    """Which has no warmup of the momentum, and makes its products in bfloat16, whatever the weights are in."""
+    """Which has no warmup of the momentum, other iterations, and makes their products in bfloat16 in any case."""
     monkeypatch.setattr(optimizers, 'FIRST_MOMENTUM', optimizers.MOMENTUM)
+    monkeypatch.setattr(optimizers, 'NEWTON_SCHULZ', 5 * [(3.4445, -4.7750, 2.0315)])
     mine, theirs = weights(), weights()
     others, others_alone = (weights(1, [(5, 3), (3,), ()]) for _ in range(2))
     ours = muon(mine, others, dtype=torch.bfloat16)
@@ -95,8 +96,8 @@ def test_the_momentum_is_warm_at_last(monkeypatch):
 def test_singular_values_come_near_to_one(shape):
     x = orthogonal(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)))
     values = torch.linalg.svdvals(x)
-    assert x.shape == (2, *shape) and values.max() < 1.25
-    assert (values > 0.6).float().mean() > 0.9  # a square matrix has a few that are as good as 0
+    assert x.shape == (2, *shape) and values.max() < 1.6
+    assert (values > 0.4).float().mean() > 0.9  # a square matrix has a few that are as good as 0
     assert torch.equal(orthogonal(torch.zeros(2, *shape)), torch.zeros(2, *shape))
 
 
@@ -144,7 +145,7 @@ def test_which_parameters_are_its_own():
     assert own == [(48, 16), (16, 16), (64, 16), (16, 64)] * 2
     assert decay == [(11, 16), (8, 16)] and {len(shape) for shape in rest} == {1}
     assert [group.get('lr_factor') for group in optimizer.param_groups] == [pytest.approx(10), None, None]
-    assert [group['weight_decay'] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+    assert [group['weight_decay'] for group in optimizer.param_groups] == [pytest.approx(0.01), 0.1, 0.0]  # times rates
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,32 @@
+"""
+What each ingredient of the default run brings: taken out of it, and put into a plain GPT-2 with AdamW and its best
+rate. At full length, the last evaluation over all of val.
+"""
+
+dtype = 'float32'  # as its table was made
+eval_interval = 0
+eval_iters = 0
+save_interval = 0
+seeds = 3
+
+PLAIN = {'architecture': 'gpt2', 'optimizer': 'adamw', 'learning_rate': 4e-3}
+variants = {
+    'all': {},
+    'all, AdamW alone': {'optimizer': 'adamw'},
+    'all, learned positions': {'architecture': 'modern,position=learned'},
+    'all, embeddings as they are': {'architecture': 'modern,embed_norm=False'},
+    'all, queries and keys as they are': {'architecture': 'modern,qk_norm=False'},
+    'all, usual beginning': {'architecture': 'modern,zero_init=False'},
+    'all, tied head': {'architecture': 'modern,tied=True'},
+    'all, no pairs': {'architecture': 'modern,bigram_embeddings=0'},
+    'all, SwiGLU': {'architecture': 'modern,mlp=swiglu'},
+    'plain': PLAIN,
+    'plain, Muon': PLAIN | {'optimizer': 'muon:0.015'},
+    'plain, rope': PLAIN | {'architecture': 'gpt2,position=rope'},
+    'plain, embeddings normalized': PLAIN | {'architecture': 'gpt2,embed_norm=True'},
+    'plain, queries and keys normalized': PLAIN | {'architecture': 'gpt2,qk_norm=True'},
+    'plain, begins with nothing': PLAIN | {'architecture': 'gpt2,zero_init=True'},
+    'plain, a head of its own': PLAIN | {'architecture': 'gpt2,tied=False'},
+    'plain, pairs': PLAIN | {'architecture': 'gpt2,bigram_embeddings=128'},
+    'plain, SwiGLU': PLAIN | {'architecture': 'gpt2,mlp=swiglu'},
+}
