@@ -19,6 +19,8 @@ from torch.nn.attention import sdpa_kernel
 
 from attention import WITHOUT_CUDNN, WRITTEN_OUT_TO, Dropout, attend, attention_weights, inside_documents
 
+HASH = 0x1E3779B97F4A7C15, 0x42B2AE3D27D4EB4F, 0x165667B19E3779F9  # odd factors: of an id, and of those before it
+BACK = len(HASH) - 1  # how many n-grams look at
 NANOGPT = 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'  # fields of its GPTConfig
 
 
@@ -45,13 +47,13 @@ class GPTConfig:
     mlp: Literal['gelu', 'swiglu'] = 'gelu'  # what stands between its two matrices
     zero_init: bool = False         # what is added to the residual stream begins as nothing
     tied: bool = True               # one matrix reads the tokens and predicts them
-    bigram_embeddings: int = 0      # up to so many ids each pair of them has a vector, beside that of the second
+    ngram_embeddings: int = 0       # so many vectors for the last two tokens, and for the last three, by their hash
 
     PRESETS = {  # this and what follows are no fields
         'gpt2': dict(position='learned', embed_norm=False, qk_norm=False, mlp='gelu', zero_init=False, tied=True,
-                     bigram_embeddings=0),
+                     ngram_embeddings=0),
         'modern': dict(position='rope', embed_norm=True, qk_norm=True, mlp='gelu', zero_init=True, tied=False,
-                       bigram_embeddings=128),
+                       ngram_embeddings=8192),
     }
     FREE = 'dropout',  # weights do not depend on it: a resume may change it
     RESIZABLE = 'block_size',  # may change where a new run begins with the weights of another, see GPT.fitted
@@ -76,8 +78,7 @@ class GPTConfig:
 
     def least_numbers(self):
         """No model of this configuration has fewer; known before one is made, which may take for ever."""
-        V, C = self.vocab_size, self.n_embd
-        return self.n_layer * C**2 + V * C * (V if V <= self.bigram_embeddings else 1)
+        return self.n_embd * (self.n_layer * self.n_embd + self.vocab_size + BACK * self.ngram_embeddings)
 
     def args(self):
         """model_args of a checkpoint: nanoGPT's fields, so that it can read them; others where they are no defaults."""
@@ -180,19 +181,18 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """
-    The keys and values of one layer for the tokens seen so far, so that a new token costs one token's work. Behind
-    block_size of them a new one takes the place of the oldest.
-    """
+    """One layer's keys and values of the newest block_size tokens, so that a new token costs one token's work."""
 
     def __init__(self, block_size):
-        self.block_size, self.length, self.k, self.last = block_size, 0, None, None
+        self.block_size, self.length, self.k, self.ids = block_size, 0, None, None
 
-    def swap(self, idx):
-        """Keep the newest ids (B, 1) -> those that were the newest until now."""
-        before = idx if self.last is None else self.last.clone()
-        self.last = idx.clone() if self.last is None else self.last.copy_(idx)
-        return before
+    def behind_older(self, idx, n):
+        """The ids (B, T) of new tokens, with those of the n before them in front, of which there may be fewer."""
+        if self.ids is None:
+            self.ids = idx.new_zeros(len(idx), n)
+        ids = torch.cat([self.ids, idx], dim=1)
+        self.ids.copy_(ids[:, -n:])
+        return ids
 
     def extend(self, k, v):
         """Write the (B, H, T, D) of T new tokens behind the others; returns those of all tokens so far."""
@@ -214,8 +214,8 @@ class GPT(nn.Module):
         self.config = config
         self.slides = config.position == 'rope'  # a full window can move on: only distances count
         parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
-        if config.vocab_size <= config.bigram_embeddings:  # Huang et al. 2025, arXiv:2501.16975
-            parts['bte'] = nn.Embedding((config.vocab_size + 1) * config.vocab_size, config.n_embd)
+        if config.ngram_embeddings:  # Huang et al. 2025, arXiv:2501.16975
+            parts['nte'] = nn.Embedding(BACK * config.ngram_embeddings, config.n_embd)
         if config.position == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         if config.embed_norm:
@@ -230,7 +230,7 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight
 
         for name, p in self.named_parameters():
-            if 'bte' in name or config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+            if 'nte' in name or config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
                 nn.init.zeros_(p)
             elif p.dim() >= 2:
                 # 2 n_layer projections add up in the residual stream; GPT-2 starts them smaller by the root of that
@@ -280,8 +280,8 @@ class GPT(nn.Module):
             turn = rotation(positions, self.config.n_embd // self.config.n_head)
         else:
             x = x + self.transformer.wpe(positions)
-        if 'bte' in self.transformer:
-            x = x + self.transformer.bte(self.pairs(idx, positions, caches[0] if caches else None))
+        if self.config.ngram_embeddings:
+            x = x + self.transformer.nte(self.ngrams(idx, positions, caches[0] if caches else None)).sum(0)
         if self.config.embed_norm:
             x = self.transformer.ln_e(x)
         x = self.transformer.drop(x)
@@ -291,12 +291,15 @@ class GPT(nn.Module):
                 x = block(x, turn, caches[i] if caches else None, mask)
         return self.transformer.ln_f(x)
 
-    def pairs(self, idx, positions, cache):
-        """(B, T) ids -> their rows in the table of pairs: that of (none, id) at the first position of a text."""
-        before = F.pad(idx[:, :-1], (1, 0))
-        if cache is not None:
-            before[:, :1] = cache.swap(idx[:, -1:])
-        return torch.where(positions == 0, 0, before + 1) * self.config.vocab_size + idx
+    def ngrams(self, idx, positions, cache):
+        """(B, T) ids -> (2, B, T): the rows of the last two ids, and of the last three; a text begins with fewer."""
+        n, rows, T, key = self.config.ngram_embeddings, [], idx.size(1), idx * HASH[0]
+        ids = F.pad(idx, (BACK, 0)) if cache is None else cache.behind_older(idx, BACK)
+        for back in range(1, BACK + 1):
+            before = torch.where(positions >= back, ids[:, BACK - back:][:, :T] + 1, 0)  # (B, T); 0: there is none
+            key = key ^ before * HASH[back]
+            rows.append(key % n + len(rows) * n)
+        return torch.stack(rows)
 
     def is_sparse(self, device, T):
         """
@@ -361,7 +364,7 @@ class GPT(nn.Module):
                     position.fill_(length)
                     for cache in sum(caches, []):
                         cache.length = position
-                        for x in filter(torch.is_tensor, (cache.k, cache.v, cache.last)):
+                        for x in filter(torch.is_tensor, (cache.k, cache.v, cache.ids)):
                             torch._dynamo.mark_static_address(x)  # the step writes to it: a CUDA graph finds it again
             # Learned positions are absolute: a full window cannot slide along. It is read anew from its second half,
             # which costs two token-forwards a token in the long run; a window that slides would cost block_size.
@@ -419,14 +422,10 @@ class GPT(nn.Module):
                 raise ValueError(f'block_size = {self.config.block_size}: these weights know {len(state[name])} '
                                  'positions, no more')
             state[name] = state[name][:self.config.block_size]
-        old, new = len(state.get('transformer.wte.weight', ())), self.config.vocab_size
-        by_id = 'wte.weight', 'lm_head.weight', 'bte.weight'
-        for name in [name for name in state if 0 < old < new and name.endswith(by_id) and len(state[name]) % old == 0]:
-            table = state[name].unflatten(0, (-1, old))  # (1, old, C); of pairs (1 + old, old, C)
-            for dim in (0, 1) if name.endswith('bte.weight') else (1,):
-                mean = table.mean(dim, keepdim=True)
-                table = torch.cat([table, mean.repeat_interleave(new - old, dim)], dim)
-            state[name] = table.flatten(0, 1)
+        for name in {'transformer.wte.weight', 'lm_head.weight'} & state.keys():
+            if (new := self.config.vocab_size - len(state[name])) > 0:
+                mean = state[name].mean(0, keepdim=True)
+                state[name] = torch.cat([state[name], mean.expand(new, -1)])
         return state
 
 

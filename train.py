@@ -37,8 +37,8 @@ journal = Journal()  # from here on every line that is printed also goes to trai
 # or a choice may be, up to the colon, and that is checked; conditions between settings are in kit/run/rules.py
 
 # the run
-eval_interval = 400         # >= 0: steps between evaluations; 0 = only at the end
-eval_iters = 30             # >= 0: batches an evaluation takes from each split; 0 = all of val and as much of train
+eval_interval = 200         # >= 0: steps between evaluations; 0 = only at the end
+eval_iters = 20             # >= 0: batches an evaluation takes from each split; 0 = all of val and as much of train
 log_interval = 50           # >= 0: steps between iter lines; 0 = none
 save_interval = 100         # >= 0: steps between the checkpoints step_*.pt; 0 = none; close ones average well
 keep_last = 10              # >= 0: how many of these are kept; 0 = all
@@ -55,10 +55,10 @@ dataset = 'python_docs'     # not empty: a folder in data/, see prepare.py; or s
 batch_mode = 'windows'      # windows, packed or padded: rows of text, of whole documents, of pairs (loss on responses)
 document_attention = True   # packed: no token looks into another document, and positions begin anew in each
 too_long = 'cut'            # cut or drop: padded pairs beyond block_size lose the begin of the prompt, or are left out
-sampling = 'random'         # random, shuffle or sequential: random rows, each once an epoch, or one after the other
+sampling = 'shuffle'        # random, shuffle or sequential: random rows, each once an epoch, or one after the other
 mask_prob = 0.0             # 0 <= x < 1: share of the input tokens that are hidden or replaced; 0 = none, in mlm 0.15
 objective = 'causal'        # causal or mlm: each token from those before it, or hidden ones from both sides, as BERT
-batch_size = 4              # >= 1: rows in a micro-step
+batch_size = 6              # >= 1: rows in a micro-step
 gradient_accumulation_steps = 1  # >= 1: micro-steps in a step, counted over all processes
 block_size = 256            # >= 1: tokens in a row: how far back the model can look
 # model
@@ -70,8 +70,8 @@ dropout = 0.0               # 0 <= x < 1: share of activations dropped; 0.1 or m
 bias = False                # biases in linear layers and LayerNorms; GPT-2 has them, new models do without
 # optimizer
 optimizer = 'muon:0.015'    # adamw, or muon and its rate for the matrices in the blocks; all else is AdamW's
-learning_rate = 2e-3        # > 0: the highest rate; smaller for larger models
-max_iters = 2400            # >= 1: steps, that is updates of the weights
+learning_rate = 3e-3        # > 0: the highest rate; smaller for larger models
+max_iters = 1300            # >= 1: steps, that is updates of the weights
 max_epochs = 0.0            # >= 0: or as many steps as it takes to read the text so often; 0 = max_iters
 weight_decay = 1e-1         # >= 0: on matrices and embeddings
 beta1 = 0.9                 # 0 <= x < 1: memory of the mean gradient

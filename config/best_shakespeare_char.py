@@ -10,7 +10,7 @@ n_layer = 6
 n_embd = 384
 dropout = 0.3  # it reads the text twenty times over
 
-architecture = 'modern,value_embeddings=0'  # they would make it larger than 10.7M
+architecture = 'modern,ngram_embeddings=0'  # they would make it larger than 10.7M
 optimizer = 'muon:0.01'
 learning_rate = 1e-3
 min_lr = 1e-5

@@ -2,6 +2,7 @@
 # $ python train.py config/finetune_shakespeare.py
 
 dataset = 'shakespeare'
+sampling = 'random'
 init_from = 'gpt2-xl'
 
 # 1 row x 32 micro-steps x 1024 tokens = 32,768 tokens a step; the text has 301,966, so an epoch is 9.2 steps

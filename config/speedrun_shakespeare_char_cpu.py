@@ -11,7 +11,7 @@ n_embd = 64
 architecture = 'modern'
 optimizer = 'muon:0.06'
 learning_rate = 1.2e-2
-max_iters = 200
+max_iters = 160
 warmup_iters = 10
 min_lr = 2e-4
 

@@ -6,6 +6,7 @@ dataset = 'openwebtext'
 # 12 rows x 1024 tokens x 5 micro-steps x 8 GPUs = 491,520 tokens a step
 batch_size = 12
 block_size = 1024
+sampling = 'random'
 gradient_accumulation_steps = 5 * 8
 
 n_layer = 12

@@ -4,6 +4,7 @@
 dataset = 'python_docs'
 batch_size = 12
 block_size = 64
+sampling = 'random'
 
 n_layer = 2
 n_embd = 128

@@ -5,6 +5,7 @@ dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
 batch_size = 64
 block_size = 256  # it sees up to 256 characters back
+sampling = 'random'
 
 n_layer = 6
 n_head = 0  # one head per 64 channels: 6, and still right when n_embd is changed

@@ -5,6 +5,7 @@ dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
 batch_size = 12
 block_size = 64
+sampling = 'random'
 
 n_layer = 4
 n_head = 4

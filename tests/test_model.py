@@ -111,8 +111,8 @@ def test_a_config_refuses_what_will_not_do(change):
 def test_no_model_has_fewer_numbers_than_its_config_says(model):
     """So that a file cannot ask for a table that takes all memory: this is asked before a model is made."""
     assert model.config.least_numbers() <= model.count_params(non_embedding=False)
-    table = GPTConfig(vocab_size=10**6, n_embd=8, n_head=1, n_layer=2, bigram_embeddings=10**6)
-    assert table.least_numbers() > 8 * 10**12
+    table = GPTConfig(vocab_size=10**6, n_embd=8, n_head=1, n_layer=2, ngram_embeddings=10**9)
+    assert table.least_numbers() > 16 * 10**9
 
 
 def test_weights_of_another_size(model):
@@ -129,14 +129,10 @@ def test_weights_of_another_size(model):
 
 
 def test_new_ids_change_nothing_for_the_old():
-    """All tables grow: that of pairs by the new ones after each id, and by those after each new one."""
     model, ids = make_model(MODERN), torch.randint(23, (2, 16))
     other = GPT(GPTConfig(**CONFIG | MODERN | {'vocab_size': 25})).eval()
     other.load_state_dict(other.fitted(model.state_dict()))
     torch.testing.assert_close(other(ids, ids)[0][..., :23], model(ids, ids)[0])
-    old, new = (m.transformer.bte.weight.view(-1, m.config.vocab_size, 16) for m in (model, other))
-    torch.testing.assert_close(new[7, 24], old[7].mean(0))
-    torch.testing.assert_close(new[25, 7], old[:, 7].mean(0))
 
 
 def test_the_masks_of_old_nanogpt_are_left_out(model):
@@ -147,20 +143,35 @@ def test_the_masks_of_old_nanogpt_are_left_out(model):
     assert 'transformer.h.0.attn.bias' in model.fitted(model.state_dict())
 
 
-def test_a_pair_has_a_vector_of_its_own():
-    """Beside that of its second token; and a token with none before it in its text has one, too."""
-    model = make_model({'bigram_embeddings': 23})
+def test_the_last_two_and_three_tokens_have_vectors():
+    """Beside that of the token; by numbers of 64 bits that wrap around. What stands before a text is 0."""
+    model, n = make_model({'ngram_embeddings': 50, 'position': 'rope'}), 50
     ids, documents = torch.randint(23, (2, 9)), torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [3] * 9])
-    with torch.no_grad():
-        model.transformer.wpe.weight.zero_()
-    table, seen = model.transformer.bte.weight.view(24, 23, 16), []
+    table, seen = model.transformer.nte.weight, []
     model.transformer.drop.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     model.hidden(ids, documents=documents)
     for row in range(2):
         for t in range(9):
-            is_first = t == 0 or documents[row, t] != documents[row, t - 1]
-            pair = table[0 if is_first else ids[row, t - 1] + 1, ids[row, t]]
-            torch.testing.assert_close(seen[0][row, t], model.transformer.wte.weight[ids[row, t]] + pair)
+            before = [ids[row, t - k].item() + 1 if t >= k and documents[row, t - k] == documents[row, t] else 0
+                      for k in (1, 2)]
+            key, vector = ids[row, t].item() * models.HASH[0], model.transformer.wte.weight[ids[row, t]]
+            for k in 1, 2:
+                key ^= before[k - 1] * models.HASH[k]
+                key = (key + 2**63) % 2**64 - 2**63
+                vector = vector + table[key % n + (k - 1) * n]
+            torch.testing.assert_close(seen[0][row, t], vector)
+
+
+@pytest.mark.parametrize('V', [64, 65, 256, 50257])
+def test_few_ngrams_share_a_vector(V):
+    """The pairs and triples of a text meet as many of 8192 rows as they would by chance."""
+    model = GPT(GPTConfig(**CONFIG | {'ngram_embeddings': 8192, 'vocab_size': V}))
+    ids = (V ** torch.rand(12_000) - 1).long()  # the low ones often, as in a text
+    rows = model.ngrams(ids[None], torch.arange(len(ids)), None)[:, 0]
+    for n, table in enumerate(rows, start=2):
+        assert 8192 * (n - 2) <= table.min() and table.max() < 8192 * (n - 1)
+        n_grams = len(ids.unfold(0, n, 1).unique(dim=0))
+        assert len(table.unique()) > 0.95 * 8192 * (1 - math.exp(-n_grams / 8192)), n_grams
 
 
 @every

@@ -19,8 +19,8 @@ def test_presets_name_the_same_fields_and_gpt2_is_the_default():
 
 def test_a_text_is_a_preset_and_deviations():
     assert presets.parse('GPT2', GPTConfig) == GPT2 and presets.parse('modern', GPTConfig) == MODERN
-    assert presets.parse(' modern , qk_norm=false, bigram_embeddings=1_000,mlp=swiglu', GPTConfig) == MODERN | {
-        'qk_norm': False, 'bigram_embeddings': 1000, 'mlp': 'swiglu'}
+    assert presets.parse(' modern , qk_norm=false, ngram_embeddings=1_000,mlp=swiglu', GPTConfig) == MODERN | {
+        'qk_norm': False, 'ngram_embeddings': 1000, 'mlp': 'swiglu'}
     assert presets.parse('gpt2,position=rope,position=rope', GPTConfig) == GPT2 | {'position': 'rope'}
 
 
@@ -29,7 +29,7 @@ def test_fields_become_the_shortest_text_for_them():
     assert presets.text_of(MODERN, GPTConfig) == 'modern'
     assert presets.text_of(MODERN | {'qk_norm': False}, GPTConfig) == 'modern,qk_norm=False'
     for position, qk_norm, tied, table in product(['learned', 'rope'], [True, False], [True, False], [0, 64]):
-        fields = MODERN | {'position': position, 'qk_norm': qk_norm, 'tied': tied, 'bigram_embeddings': table}
+        fields = MODERN | {'position': position, 'qk_norm': qk_norm, 'tied': tied, 'ngram_embeddings': table}
         text = presets.text_of(GPTConfig(**fields, n_head=0).args(), GPTConfig)
         assert presets.parse(text, GPTConfig) == fields and text.count(',') <= len(GPT2) // 2
 
@@ -40,8 +40,8 @@ def test_fields_become_the_shortest_text_for_them():
     ('modern,gpt2', 'modern and gpt2 are two'), ('modern,mpl=gelu', "there is no 'mpl'; did you mean mlp?"),
     ('modern,', "there is no ''"), ('modern,mlp=swigl', "not 'swigl'; did you mean swiglu?"),
     ('modern,mlp=swiglu,mlp=gelu', 'mlp is both swiglu and gelu'), ('modern,qk_norm', 'qk_norm is True or False'),
-    ('modern,qk_norm=yes', "qk_norm is True or False, not 'yes'"), ('modern,bigram_embeddings=many', 'takes a number'),
-    ('modern,bigram_embeddings=1.5', "not '1.5'"), ('modern,n_layer=3', 'n_layer is no part of it'),
+    ('modern,qk_norm=yes', "qk_norm is True or False, not 'yes'"), ('modern,ngram_embeddings=many', 'takes a number'),
+    ('modern,ngram_embeddings=1.5', "not '1.5'"), ('modern,n_layer=3', 'n_layer is no part of it'),
     ('modern,vocab_size=3', 'vocab_size is no part of it'), ('modern,causal=False', 'causal is no part of it'),
     ('modern;mlp=gelu', 'it begins with gpt2 or modern')])
 def test_what_is_no_architecture(train, tiny, text, words):
@@ -62,7 +62,7 @@ def test_help_lists_presets_names_and_choices(run):
     assert table[0].split() == ['gpt2', 'modern', 'takes'] and len(table) == 1 + len(GPT2)
     rows = {line.split()[0]: line.split(maxsplit=3)[1:] for line in table[1:]}
     assert rows.keys() == GPT2.keys() and rows['position'] == ['learned', 'rope', 'learned or rope']
-    assert rows['mlp'][2] == 'gelu or swiglu' and rows['bigram_embeddings'] == ['0', '128', 'a whole number']
+    assert rows['mlp'][2] == 'gelu or swiglu' and rows['ngram_embeddings'] == ['0', '8192', 'a whole number']
 
 
 def test_a_checkpoint_keeps_the_fields_and_they_win(train, run, tiny):

@@ -18,7 +18,7 @@ variants = {
     'all, queries and keys as they are': {'architecture': 'modern,qk_norm=False'},
     'all, usual beginning': {'architecture': 'modern,zero_init=False'},
     'all, tied head': {'architecture': 'modern,tied=True'},
-    'all, no pairs': {'architecture': 'modern,bigram_embeddings=0'},
+    'all, no n-grams': {'architecture': 'modern,ngram_embeddings=0'},
     'all, SwiGLU': {'architecture': 'modern,mlp=swiglu'},
     'plain': PLAIN,
     'plain, Muon': PLAIN | {'optimizer': 'muon:0.015'},
@@ -27,6 +27,6 @@ variants = {
     'plain, queries and keys normalized': PLAIN | {'architecture': 'gpt2,qk_norm=True'},
     'plain, begins with nothing': PLAIN | {'architecture': 'gpt2,zero_init=True'},
     'plain, a head of its own': PLAIN | {'architecture': 'gpt2,tied=False'},
-    'plain, pairs': PLAIN | {'architecture': 'gpt2,bigram_embeddings=128'},
+    'plain, n-grams': PLAIN | {'architecture': 'gpt2,ngram_embeddings=8192'},
     'plain, SwiGLU': PLAIN | {'architecture': 'gpt2,mlp=swiglu'},
 }
