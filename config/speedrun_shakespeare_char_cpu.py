@@ -1,4 +1,4 @@
-# Tiny Shakespeare by character, to the loss of nanoGPT's recipe for a CPU in a twelfth of its time; 0.4M parameters
+# Tiny Shakespeare by character, to the loss of nanoGPT's recipe for a CPU in a twelfth of its time; 1.2M parameters
 # $ python train.py config/speedrun_shakespeare_char_cpu.py
 
 dataset = 'shakespeare_char'
