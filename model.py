@@ -71,6 +71,8 @@ class GPTConfig:
                 raise ValueError(f'{name} = {getattr(self, name)} should be 1 or more')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}')
+        if not 0 <= self.ngram_embeddings * self.n_embd <= 2**40:
+            raise ValueError(f'ngram_embeddings = {self.ngram_embeddings} should be as many rows as memory holds')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout} should be a share below 1')
         if self.position == 'rope' and self.n_embd // self.n_head % 2:

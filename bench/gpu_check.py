@@ -60,6 +60,7 @@ IDS = {'letters': 65, 'words': 65 if cpu else 50257}  # the datasets
 COMMON = ['--warmup_iters=5', '--eval_iters=2', '--save_interval=0', '--learning_rate=1e-3', '--tensorboard=False',
           '--log_interval=1']
 PACKED = ['--batch_mode=packed', '--sampling=shuffle']
+MODERN = ['--architecture=modern', '--optimizer=muon:0.01']
 COMPILED = [] if cpu else ['--compile=True']  # two cores would take minutes
 
 
@@ -515,7 +516,7 @@ def runs(row):
         'plain': [], 'ema': ['--ema_decay=0.99'], 'bf16': ['--dtype=bfloat16'], 'fp16': ['--dtype=float16'],
         'packed': [*PACKED, '--dtype=bfloat16', *COMPILED], 'dropout': [*PACKED, '--dropout=0.1', '--block_size=64'],
         'padded': ['--batch_mode=padded', '--sampling=shuffle', '--ema_decay=0.99', *COMPILED],
-        'mlm': ['--objective=mlm', *COMPILED], 'debug_nan': [*PACKED, '--debug_nan=True'],
+        'mlm': ['--objective=mlm', *COMPILED], 'modern': [*MODERN, *graphs], 'debug_nan': [*PACKED, '--debug_nan=True'],
         'no_graphs': [*graphs, '--compile_mode=default'], 'graphs': [*graphs, '--compile_mode=reduce-overhead'],
         'no_graphs_2': [*graphs, '--compile_mode=default', '--gradient_accumulation_steps=2'],
         'graphs_2': [*graphs, '--gradient_accumulation_steps=2'],
@@ -544,9 +545,9 @@ def runs(row):
 def waits(row):
     """An ordinary step only queues work."""
     words = ['--max_iters=40', '--log_interval=0', '--eval_interval=0', '--max_bad_steps=0']
-    kinds = {'waits_ema': ['--ema_decay=0.99'], 'waits': [], 'waits_compiled': COMPILED}
+    kinds = {'waits_ema': ['--ema_decay=0.99'], 'waits_modern': MODERN, 'waits': [], 'waits_compiled': COMPILED}
     jobs = {name: POOL.submit(train, name, *words, *more, hook=count_waits) for name, more in kinds.items()
-            if not cpu or name == 'waits_ema'}
+            if not cpu or name in ('waits_ema', 'waits_modern')}
     for name, job in jobs.items():
         found = re.search('^WAITS (.*)', job.result()[1], re.M)
         where = found[1] if found else 'not counted'
@@ -599,7 +600,8 @@ def nccl_and_gloo(cpu):
 
 def resume(row):
     """A run made twice, and one in two halves: to rounding, and bit for bit with --deterministic."""
-    kinds = {'exact': ['--deterministic=True'], 'exact_packed': ['--deterministic=True', *PACKED], 'default': []}
+    exact = ['--deterministic=True']
+    kinds = {'exact': exact, 'exact_packed': exact + PACKED, 'exact_modern': exact + MODERN, 'default': []}
     jobs = {name: POOL.submit(halves, name, *words) for name, words in kinds.items() if not cpu or name == 'exact'}
     stopped = POOL.submit(stop)
     for name, job in jobs.items():

@@ -100,7 +100,8 @@ def test_a_config_takes_what_a_checkpoint_has():
 
 @pytest.mark.parametrize('change', [{'n_layer': 0}, {'n_head': -1}, {'n_head': 3}, {'block_size': 'x'}, {'bias': None},
                                     {'n_embd': 16.0}, {'dropout': 'much'}, {'gelu_approximate': 3},
-                                    {'dropout': 1.0}, {'bias': 1}])
+                                    {'dropout': 1.0}, {'bias': 1}, {'ngram_embeddings': -1},
+                                    {'ngram_embeddings': 10**20}])
 def test_a_config_refuses_what_will_not_do(change):
     name, = change
     with pytest.raises(ValueError, match=name):

@@ -57,6 +57,14 @@ def test_rope_needs_pairs_of_channels(train, tiny):
     assert train('--n_head=2', '--n_embd=6', '--architecture=gpt2', '--max_iters=1').status == 0
 
 
+@pytest.mark.parametrize('n', [-5, 10**12, 10**22])
+def test_a_table_that_no_memory_holds(train, tiny, n):
+    result = train(f'--architecture=modern,ngram_embeddings={n}')
+    assert result.status == 2 and result.err.count('\n') == 1
+    assert f'ngram_embeddings = {n} should be as many rows as memory holds' in result.err
+    assert not (tiny / 'checkpoints').exists()
+
+
 def test_help_lists_presets_names_and_choices(run):
     table = run('train.py', '--help').out.split('architecture: a preset')[1].splitlines()[1:]
     assert table[0].split() == ['gpt2', 'modern', 'takes'] and len(table) == 1 + len(GPT2)
