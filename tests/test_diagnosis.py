@@ -89,7 +89,7 @@ SICKNESSES = {  # name: (what is planted, settings, what is found, the command t
     'shuffled targets': (IN_FORWARD.format(SHUFFLE), [], 'no use of the context', '--dry_run'),
     'constant data': ('', ['--dataset=constant'], 'nothing to learn', '--dry_run'),
     'clipped always': ('', ['--grad_clip=0.01'], 'clipped always', '--grad_clip=1.'),
-    'an id beyond the vocabulary': (ID_IN_DATA, ['--debug_nan'], 'debug_nan: step 50',
+    'an id beyond the vocabulary': (ID_IN_DATA, ['--debug_nan', '--sampling=random'], 'debug_nan: step 50',
                                     'the data: x[2, 3] is the id 60000'),
     'NaN in the forward pass': ('import math\n' + IN_INIT.format(NAN_IN_FORWARD), ['--debug_nan'], 'debug_nan: step 50',
                                 'the forward pass: what mul in transformer.h.1.mlp gave'),

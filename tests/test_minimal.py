@@ -34,7 +34,7 @@ CHANGES = {
 FLAGS = [*TINY, '--batch_size=3', '--gradient_accumulation_steps=3', '--max_iters=50', '--warmup_iters=7',
          '--learning_rate=2e-2', '--min_lr=3e-4', '--beta1=0.8', '--beta2=0.95', '--weight_decay=0.3',
          '--grad_clip=0.7', '--eval_interval=20', '--seed=7', '--save_interval=0', '--dtype=float32', '--compile=False',
-         '--architecture=gpt2', '--optimizer=adamw']
+         '--architecture=gpt2', '--optimizer=adamw', '--sampling=random']
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def test_which_parameters_are_its_own():
     assert own == [(48, 16), (16, 16), (64, 16), (16, 64)] * 2
     assert decay == [(11, 16), (8, 16)] and {len(shape) for shape in rest} == {1}
     assert [group.get('lr_factor') for group in optimizer.param_groups] == [pytest.approx(10), None, None]
-    assert [group['weight_decay'] for group in optimizer.param_groups] == [pytest.approx(0.01), 0.1, 0.0]  # times rates
+    assert [group['weight_decay'] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

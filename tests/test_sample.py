@@ -286,7 +286,7 @@ def test_ids_beyond_the_tokenizer_are_not_drawn(sample, fox):
     path = fox / 'padded.pt'
     saved = torch.load(fox / 'checkpoints/ckpt.pt', weights_only=True)
     V = saved['model_args']['vocab_size']
-    saved['model_args'] |= {'vocab_size': V + 1000, 'ngram_embeddings': V + 1000}
+    saved['model_args'] |= {'vocab_size': V + 1000}
     saved['model'] = GPT(GPTConfig(**saved['model_args'])).fitted(saved['model'])
     torch.save(saved, path)
     out = sample(f'--checkpoint={path}', '--start=t', '--temperature=50', '--top_k=0', '--max_new_tokens=300')

@@ -84,7 +84,7 @@ def test_the_step_against_plain_torch(train, tiny):
     from model import GPT, GPTConfig
     settings = ['--max_iters=3', '--batch_size=3', '--gradient_accumulation_steps=2', '--grad_clip=0.5',
                 '--warmup_iters=0', '--decay_lr=False', '--learning_rate=0.01', '--weight_decay=0.3', '--beta2=0.9']
-    result = train(*GPT2, *settings)
+    result = train(*GPT2, *settings, '--sampling=random')
     ours = torch.load(tiny / 'checkpoints/ckpt.pt', weights_only=True)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(**ours['model_args']))
@@ -152,10 +152,10 @@ def test_evaluation_is_the_mean_over_the_whole_split(train, tiny):
 
 
 def test_resume_takes_its_settings_from_the_checkpoint(run, train, tiny):
-    train('--learning_rate=0.003', '--weight_decay=0.2')
+    train('--learning_rate=0.004', '--weight_decay=0.2')
     resumed = run('train.py', '--init_from=resume', '--max_iters=12', '--weight_decay=0.5', '--device=cpu')
     assert resumed.status == 0, resumed.err
-    assert 'From the checkpoint: learning_rate = 0.003' in resumed.out
+    assert 'From the checkpoint: learning_rate = 0.004' in resumed.out
     assert 'Not from the checkpoint: max_iters = 12 (it has 10)' in resumed.out
     assert list(losses(resumed)) == [10, 11]
     saved = torch.load(tiny / 'checkpoints/ckpt.pt', weights_only=True)

@@ -9,7 +9,7 @@ eval_iters = 0
 save_interval = 0
 seeds = 3
 
-PLAIN = {'architecture': 'gpt2', 'optimizer': 'adamw', 'learning_rate': 4e-3}
+_PLAIN = {'architecture': 'gpt2', 'optimizer': 'adamw', 'learning_rate': 4e-3}
 variants = {
     'all': {},
     'all, AdamW alone': {'optimizer': 'adamw'},
@@ -20,13 +20,13 @@ variants = {
     'all, tied head': {'architecture': 'modern,tied=True'},
     'all, no n-grams': {'architecture': 'modern,ngram_embeddings=0'},
     'all, SwiGLU': {'architecture': 'modern,mlp=swiglu'},
-    'plain': PLAIN,
-    'plain, Muon': PLAIN | {'optimizer': 'muon:0.015'},
-    'plain, rope': PLAIN | {'architecture': 'gpt2,position=rope'},
-    'plain, embeddings normalized': PLAIN | {'architecture': 'gpt2,embed_norm=True'},
-    'plain, queries and keys normalized': PLAIN | {'architecture': 'gpt2,qk_norm=True'},
-    'plain, begins with nothing': PLAIN | {'architecture': 'gpt2,zero_init=True'},
-    'plain, a head of its own': PLAIN | {'architecture': 'gpt2,tied=False'},
-    'plain, n-grams': PLAIN | {'architecture': 'gpt2,ngram_embeddings=8192'},
-    'plain, SwiGLU': PLAIN | {'architecture': 'gpt2,mlp=swiglu'},
+    'plain': _PLAIN,
+    'plain, Muon': _PLAIN | {'optimizer': 'muon:0.015'},
+    'plain, rope': _PLAIN | {'architecture': 'gpt2,position=rope'},
+    'plain, embeddings normalized': _PLAIN | {'architecture': 'gpt2,embed_norm=True'},
+    'plain, queries and keys normalized': _PLAIN | {'architecture': 'gpt2,qk_norm=True'},
+    'plain, begins with nothing': _PLAIN | {'architecture': 'gpt2,zero_init=True'},
+    'plain, a head of its own': _PLAIN | {'architecture': 'gpt2,tied=False'},
+    'plain, n-grams': _PLAIN | {'architecture': 'gpt2,ngram_embeddings=8192'},
+    'plain, SwiGLU': _PLAIN | {'architecture': 'gpt2,mlp=swiglu'},
 }

@@ -19,8 +19,7 @@ NEWTON_SCHULZ = [(8.2052, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096
 def make(text, model, weight_decay, learning_rate, betas, dtype):
     """
     The optimizer that the setting names: 'adamw', or 'muon:0.02', which is Muon with such a rate for the matrices in
-    the blocks and AdamW for all else. weight_decay: the share that all of them lose in a step is that times
-    learning_rate. dtype: in which the run computes.
+    the blocks and AdamW for all else. dtype: in which the run computes.
     """
     name, rate = parse(text)
     if name == 'adamw':
@@ -29,10 +28,8 @@ def make(text, model, weight_decay, learning_rate, betas, dtype):
     if not matrices:
         fail(f'optimizer = {text!r}: this model has no matrices in its blocks for Muon; --optimizer=adamw')
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    dtype = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
-    optimizer = Muon(matrices, others, learning_rate, rate / learning_rate, weight_decay, betas, dtype)
-    optimizer.param_groups[0]['weight_decay'] *= learning_rate / rate  # which Muon, as torch has it, multiplies by rate
-    return optimizer
+    return Muon(matrices, others, learning_rate, rate / learning_rate, weight_decay, betas,
+                torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
 
 
 def parse(text):
