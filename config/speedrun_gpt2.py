@@ -15,7 +15,7 @@ n_embd = 768
 dropout = 0.0
 bias = False
 
-architecture = 'modern'
+architecture = 'modern,ngram_embeddings=0'  # words by the hash of two others were not tried
 optimizer = 'muon:0.02'
 learning_rate = 2e-3
 min_lr = 0.0

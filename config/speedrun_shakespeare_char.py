@@ -1,4 +1,4 @@
-# Tiny Shakespeare to nanoGPT's loss (1.4697) in a fraction of its steps: the same size, another block, Muon
+# Tiny Shakespeare to nanoGPT's loss (1.4697) in a fraction of its steps: as wide and deep, n-grams, another block, Muon
 # $ python train.py config/speedrun_shakespeare_char.py
 # Made ready on a CPU, by what smaller models showed; it has not run on a GPU yet.
 
