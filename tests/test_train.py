@@ -159,7 +159,7 @@ def test_resume_takes_its_settings_from_the_checkpoint(run, train, tiny):
     assert 'Not from the checkpoint: max_iters = 12 (it has 10)' in resumed.out
     assert list(losses(resumed)) == [10, 11]
     saved = torch.load(tiny / 'checkpoints/ckpt.pt', weights_only=True)
-    assert saved['iter_num'] == 12 and saved['config']['learning_rate'] == 0.003 and saved['config']['n_embd'] == 32
+    assert saved['iter_num'] == 12 and saved['config']['learning_rate'] == 0.004 and saved['config']['n_embd'] == 32
     assert saved['optimizer']['param_groups'][0]['weight_decay'] == 0.5
 
 
