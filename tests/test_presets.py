@@ -40,7 +40,8 @@ def test_fields_become_the_shortest_text_for_them():
     ('modern,gpt2', 'modern and gpt2 are two'), ('modern,mpl=gelu', "there is no 'mpl'; did you mean mlp?"),
     ('modern,', "there is no ''"), ('modern,mlp=swigl', "not 'swigl'; did you mean swiglu?"),
     ('modern,mlp=swiglu,mlp=gelu', 'mlp is both swiglu and gelu'), ('modern,qk_norm', 'qk_norm is True or False'),
-    ('modern,qk_norm=yes', "qk_norm is True or False, not 'yes'"), ('modern,ngram_embeddings=many', 'takes a number'),
+    ('modern,qk_norm=yes', "qk_norm is True or False, not 'yes'"),
+    ('modern,ngram_embeddings=many', 'ngram_embeddings takes a number'),
     ('modern,ngram_embeddings=1.5', "not '1.5'"), ('modern,n_layer=3', 'n_layer is no part of it'),
     ('modern,vocab_size=3', 'vocab_size is no part of it'), ('modern,causal=False', 'causal is no part of it'),
     ('modern;mlp=gelu', 'it begins with gpt2 or modern')])
