@@ -39,8 +39,8 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True               # biases in the linear layers and LayerNorms, as in GPT-2; without is a bit faster
     causal: bool = True             # False: tokens look both ways, to fill masks (BERT); such a model cannot write
-    # the architecture, by presets and by these names; the defaults are GPT-2's
     gelu_approximate: Literal['none', 'tanh'] = 'none'  # tanh is what OpenAI's weights were trained with
+    # the architecture, by presets and by these names; the defaults are GPT-2's
     position: Literal['learned', 'rope'] = 'learned'  # a vector for each, or queries and keys turned by an angle
     embed_norm: bool = False        # the embeddings are normalized, too
     qk_norm: bool = False           # queries and keys are, so that no logit of the attention explodes
@@ -144,12 +144,12 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Each token on its own: four times as wide, GELU or a gate, and back."""
+    """Each token on its own: four times as wide, through GELU, and back; or 8/3 times, with a gate."""
 
     def __init__(self, config):
         super().__init__()
         self.is_gated, width = config.mlp == 'swiglu', 4 * config.n_embd
-        if self.is_gated:  # a third matrix: two thirds of the width make it as large
+        if self.is_gated:  # a third matrix: two thirds of the width make it as large, but for the rounding
             width = 64 * math.ceil(width * 2 / 3 / 64)
         self.c_fc = nn.Linear(config.n_embd, width * (1 + self.is_gated), bias=config.bias)
         self.gelu = nn.GELU(approximate=config.gelu_approximate)
@@ -157,7 +157,7 @@ class MLP(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)  # (B, T, 4 C)
+        x = self.c_fc(x)  # (B, T, 4 C), or both the gate and what it lets through
         if self.is_gated:  # Shazeer 2020, arXiv:2002.05202
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
@@ -183,7 +183,10 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """One layer's keys and values of the newest block_size tokens, so that a new token costs one token's work."""
+    """
+    One layer's keys and values of the newest block_size tokens, so that a new token costs one token's work; that of the
+    first layer also has the ids that n-grams look back at.
+    """
 
     def __init__(self, block_size):
         self.block_size, self.length, self.k, self.ids = block_size, 0, None, None
@@ -217,7 +220,7 @@ class GPT(nn.Module):
         self.slides = config.position == 'rope'  # a full window can move on: only distances count
         parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
         if config.ngram_embeddings:  # Huang et al. 2025, arXiv:2501.16975
-            parts['nte'] = nn.Embedding(BACK * config.ngram_embeddings, config.n_embd)
+            parts['ngrams'] = nn.Embedding(BACK * config.ngram_embeddings, config.n_embd)
         if config.position == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         if config.embed_norm:
@@ -232,7 +235,7 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight
 
         for name, p in self.named_parameters():
-            if 'nte' in name or config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+            if 'ngrams' in name or config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
                 nn.init.zeros_(p)
             elif p.dim() >= 2:
                 # 2 n_layer projections add up in the residual stream; GPT-2 starts them smaller by the root of that
@@ -283,7 +286,7 @@ class GPT(nn.Module):
         else:
             x = x + self.transformer.wpe(positions)
         if self.config.ngram_embeddings:
-            x = x + self.transformer.nte(self.ngrams(idx, positions, caches[0] if caches else None)).sum(0)
+            x = x + self.transformer.ngrams(self.ngrams(idx, positions, caches[0] if caches else None)).sum(0)
         if self.config.embed_norm:
             x = self.transformer.ln_e(x)
         x = self.transformer.drop(x)
@@ -294,13 +297,14 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def ngrams(self, idx, positions, cache):
-        """(B, T) ids -> (2, B, T): the rows of the last two ids, and of the last three; a text begins with fewer."""
-        n, rows, T, key = self.config.ngram_embeddings, [], idx.size(1), idx * HASH[0]
+        """(B, T) ids -> (BACK, B, T): the rows of the last two ids, and of the last three; a text begins with fewer."""
+        T, n = idx.size(1), self.config.ngram_embeddings
         ids = F.pad(idx, (BACK, 0)) if cache is None else cache.behind_older(idx, BACK)
+        key, rows = idx * HASH[0], []
         for back in range(1, BACK + 1):
-            before = torch.where(positions >= back, ids[:, BACK - back:][:, :T] + 1, 0)  # (B, T); 0: there is none
+            before = torch.where(positions >= back, ids[:, BACK - back:BACK - back + T] + 1, 0)  # 0: there is none
             key = key ^ before * HASH[back]
-            rows.append(key % n + len(rows) * n)
+            rows.append((key >> 16 * len(rows)) % n + len(rows) * n)  # other bits: what shares one row, does not both
         return torch.stack(rows)
 
     def is_sparse(self, device, T):
@@ -389,7 +393,7 @@ class GPT(nn.Module):
     # what the other files ask of a model, beside forward, hidden and stream: they know no parameter by its name
 
     def count_params(self, non_embedding=True):
-        """The number of parameters; without those of the positions, as is usual, since they cost no arithmetic."""
+        """The number of parameters; without those of the positions, as is usual, as nanoGPT counts."""
         return sum(p.numel() for name, p in self.named_parameters()
                    if not non_embedding or not name.startswith('transformer.wpe.'))
 

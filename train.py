@@ -320,7 +320,7 @@ if debug_nan:  # update calls the new get_batch, by its name
                                          device, dtype)
 if find_lr:
     rate_finder.run(update, state.step, bad_steps, find_lr_start, find_lr_end, out_dir,
-                    [group.get('lr_factor', 1.0) for group in optimizer.param_groups])
+                    optimizer.param_groups[0].get('lr_factor'))
 if inspect_step >= 0:
     replay.run(update, get_lr, config, state, past, raw_model, data['train'], meta, device, dtype)
 if not trains:

@@ -16,7 +16,7 @@ memory    the most that the training process has in memory (RSS), 10.7M paramete
 losses    what the recipe's 2,000 steps have learned: flatGPT measures both last checkpoints in float32, on all of val.
           One seed each, as nanoGPT has no other: it shows a fault, not a hundredth
 speedrun  from the start of the process to the end of training, on a CPU: of nanoGPT's recipe, and of
-          config/speedrun_shakespeare_char_cpu.py, which comes to the same loss
+          config/speedrun_shakespeare_char_cpu.py; and what each has learned, as in losses
 
 Each side comes as its README has it: nanoGPT on a CPU with --device=cpu --compile=False, flatGPT with nothing but the
 sizes, so that it chooses format, compiler and threads; once more both in float32 without a compiler, as nanoGPT comes
@@ -215,20 +215,28 @@ def losses(side):
     with tempfile.TemporaryDirectory(dir=WORK) as out_dir:
         train(side, 'recipe', '--eval_interval=2000', '--eval_iters=20', '--always_save_checkpoint=True',
               out_dir=out_dir)
-        lines, _, _ = train('flatGPT, float32', 'recipe', f'--init_from={out_dir}/ckpt.pt', '--eval_only',
-                            '--eval_iters=0', '--device=cpu')
-    return {'nats a token of val': float(re.search(r'val loss ([\d.]+)', ''.join(line for _, line in lines))[1])}
+        return {'nats a token of val': val_loss(out_dir)}
+
+
+def val_loss(out_dir):
+    """What the last checkpoint there has learned: in float32, on all of val."""
+    lines, _, _ = train('flatGPT, float32', 'recipe', f'--init_from={out_dir}/ckpt.pt', '--eval_only', '--eval_iters=0',
+                        '--device=cpu')
+    return float(re.search(r'val loss ([\d.]+)', ''.join(line for _, line in lines))[1])
 
 
 def speedrun(side):
-    words = ['--eval_interval=1000000', '--eval_iters=1', '--log_interval=100']  # an evaluation takes milliseconds
-    if side.startswith('nanoGPT'):
-        lines, _, _ = train(side, 'recipe', *words, last='iter 2000:')
-    else:
-        with tempfile.TemporaryDirectory(dir=WORK) as out_dir:
-            lines, _, _ = run(side, 'train.py', ['config/speedrun_shakespeare_char_cpu.py', f'--out_dir={out_dir}',
-                                                 *words], last='step 160:')
-    return {'s to the end of training': lines[-1][0]}
+    words = ['--eval_iters=1', '--log_interval=100', '--always_save_checkpoint=True']  # evaluations of milliseconds
+    recipe = 'config/speedrun_shakespeare_char_cpu.py'
+    with tempfile.TemporaryDirectory(dir=WORK) as out_dir:
+        if side.startswith('nanoGPT'):
+            n_steps = CASES['recipe']['max_iters']
+            lines, _, _ = train(side, 'recipe', f'--eval_interval={n_steps}', *words, out_dir=out_dir)
+        else:
+            n_steps = overrides.settings_of(ROOT / 'train.py', [str(ROOT / recipe)])['max_iters']
+            lines, _, _ = run(side, 'train.py', [recipe, f'--out_dir={out_dir}', *words])
+        end = next(seconds for seconds, line in lines if line.startswith(f'step {n_steps}:'))
+        return {'s to the end of training': end, 'nats a token of val': val_loss(out_dir)}
 
 
 PARTS = {  # and their turns

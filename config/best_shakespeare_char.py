@@ -5,16 +5,21 @@
 dataset = 'shakespeare_char'
 batch_size = 64
 block_size = 256
+sampling = 'shuffle'
 
 n_layer = 6
 n_embd = 384
-dropout = 0.3  # it reads the text twenty times over
+bias = False
+dropout = 0.3  # it reads the text forty times over
 
 architecture = 'modern,ngram_embeddings=0'  # they would make it larger than 10.7M
 optimizer = 'muon:0.01'
 learning_rate = 1e-3
 min_lr = 1e-5
 max_iters = 2500
+warmup_iters = 100
+weight_decay = 0.1
+beta2 = 0.99
 ema_decay = 0.99
 
 eval_interval = 250

@@ -7,6 +7,7 @@ dataset = 'openwebtext'
 # 32 rows x 1024 tokens x 2 micro-steps x 8 GPUs = 524,288 tokens a step
 batch_size = 32
 block_size = 1024
+sampling = 'shuffle'
 gradient_accumulation_steps = 2 * 8
 
 n_layer = 12
@@ -22,7 +23,7 @@ min_lr = 0.0
 lr_schedule = 'wsd:0.7'
 max_iters = 6200
 warmup_iters = 100
-weight_decay = 0.0
+weight_decay = 0.0  # as the records have it; Muon's matrices grow, and the check on its rate sees less
 beta2 = 0.95
 
 eval_interval = 250

@@ -5,9 +5,11 @@
 dataset = 'shakespeare_char'
 batch_size = 64
 block_size = 256
+sampling = 'shuffle'
 
 n_layer = 6
 n_embd = 384
+bias = False
 dropout = 0.2
 
 architecture = 'modern'
@@ -16,6 +18,8 @@ learning_rate = 1e-3
 min_lr = 1e-5
 max_iters = 1000
 warmup_iters = 50
+weight_decay = 0.1
+beta2 = 0.99
 ema_decay = 0.98  # over the last 50 steps
 
 eval_interval = 100

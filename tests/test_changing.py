@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, TINY, losses, records
+from conftest import ROOT, TINY, losses, records, small
 
 from kit.watch import curves, runlogs
 
@@ -78,7 +78,7 @@ class Tree:
         return result
 
     def train(self, *args, script='train.py', **kwargs):
-        return self(script, '--dataset=tiny', *TINY, *args, **kwargs)
+        return self(script, '--dataset=tiny', *small(*args), **kwargs)
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ HEALTHY = {
     'longer rows': ['--block_size=64', '--batch_size=4'], 'dropout': ['--dropout=0.1'],
     'GPT-2, AdamW': GPT2, 'GPT-2, Muon': ['--architecture=gpt2'], 'modern, AdamW': ['--optimizer=adamw'],
     "Muon's default rate": ['--optimizer=muon'], 'a constant rate': ['--decay_lr=False', '--learning_rate=1e-3'],
-    'accumulated': ['--batch_size=4', '--gradient_accumulation_steps=2'], 'shuffled epochs': ['--sampling=shuffle'],
+    'accumulated': ['--batch_size=4', '--gradient_accumulation_steps=2'], 'random rows': ['--sampling=random'],
     'biases, and longer': ['--bias=True', '--max_iters=600'], 'other text': ['--dataset=other'],
 }
 

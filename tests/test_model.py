@@ -148,7 +148,7 @@ def test_the_last_two_and_three_tokens_have_vectors():
     """Beside that of the token; by numbers of 64 bits that wrap around. What stands before a text is 0."""
     model, n = make_model({'ngram_embeddings': 50, 'position': 'rope'}), 50
     ids, documents = torch.randint(23, (2, 9)), torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [3] * 9])
-    table, seen = model.transformer.nte.weight, []
+    table, seen = model.transformer.ngrams.weight, []
     model.transformer.drop.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     model.hidden(ids, documents=documents)
     for row in range(2):
@@ -159,7 +159,7 @@ def test_the_last_two_and_three_tokens_have_vectors():
             for k in 1, 2:
                 key ^= before[k - 1] * models.HASH[k]
                 key = (key + 2**63) % 2**64 - 2**63
-                vector = vector + table[key % n + (k - 1) * n]
+                vector = vector + table[(key >> 16 * (k - 1)) % n + (k - 1) * n]
             torch.testing.assert_close(seen[0][row, t], vector)
 
 
@@ -428,3 +428,6 @@ def test_facts():
     assert model.count_params() == matrices + vectors  # 124M, as GPT-2 small is called
     assert model.count_params(non_embedding=False) == matrices + vectors + 1024 * 768
     assert model.flops_per_token() == 6 * (matrices + vectors) + 12 * 12 * 768 * 1024
+    model = make_model(MODERN)  # what is only looked up costs nothing
+    lookups = model.transformer.wte.weight.numel() + model.transformer.ngrams.weight.numel()
+    assert model.flops_per_token() == 6 * (model.count_params() - lookups) + 12 * 3 * 16 * 16

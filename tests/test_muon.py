@@ -177,6 +177,9 @@ def test_two_processes_are_one(pair, train, tiny):
     assert two.status == one.status == 0, two.err + one.err
     for step, loss in losses(one).items():
         assert losses(two)[step] == pytest.approx(loss, abs=2e-4)
+    norms_of_one, norms_of_two = ([r['grad_norm'] for r in records(tiny / name) if 'grad_norm' in r]
+                                  for name in ('one', 'two'))
+    assert norms_of_two == pytest.approx(norms_of_one, rel=1e-3) and len(norms_of_one) == 10
 
 
 def test_a_rate_of_its_own_that_follows_the_schedule(train, tiny):

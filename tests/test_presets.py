@@ -1,7 +1,8 @@
 """The setting architecture: what a text stands for, what is none, and what a resume makes of it."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Literal
 
 import pytest
 import torch
@@ -72,6 +73,16 @@ def test_help_lists_presets_names_and_choices(run):
     rows = {line.split()[0]: line.split(maxsplit=3)[1:] for line in table[1:]}
     assert rows.keys() == GPT2.keys() and rows['position'] == ['learned', 'rope', 'learned or rope']
     assert rows['mlp'][2] == 'gelu or swiglu' and rows['ngram_embeddings'] == ['0', '8192', 'a whole number']
+
+
+def test_a_field_may_be_a_fraction():
+    @dataclass
+    class Config:
+        mlp: Literal['gelu', 'relu'] = 'gelu'
+        softcap: float = 0.0
+        PRESETS = {'plain': {'mlp': 'gelu', 'softcap': 0.0}, 'capped': {'mlp': 'gelu', 'softcap': 15.0}}
+    assert presets.parse('plain,softcap=2.5', Config) == {'mlp': 'gelu', 'softcap': 2.5}
+    assert presets.help_text(Config).splitlines()[-1].split() == ['softcap', '0.0', '15.0', 'a', 'number']
 
 
 def test_a_checkpoint_keeps_the_fields_and_they_win(train, run, tiny):

@@ -142,8 +142,9 @@ def everything(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
-def test_the_files_and_the_words(train, tiny):
-    result = train('--find_lr', '--out_dir=new/lr', '--learning_rate=2e-3', '--optimizer=muon:0.015')
+@pytest.mark.parametrize('muon', [0.015, 2e-3, 1e-3])
+def test_the_files_and_the_words(train, tiny, muon):
+    result = train('--find_lr', '--out_dir=new/lr', '--learning_rate=2e-3', f'--optimizer=muon:{muon}')
     assert result.status == 0 and result.err == ''
     rows = table(tiny / 'new/lr')
     rates = [row['learning_rate'] for row in rows]
@@ -154,7 +155,7 @@ def test_the_files_and_the_words(train, tiny):
     first, lowest = rows[0]['smoothed_loss'], min(rows, key=lambda row: row['smoothed_loss'])
     flat = next(row for row in rows if first - row['smoothed_loss'] >= 0.95 * (first - lowest['smoothed_loss']))
     best = min(lowest['learning_rate'], 3 * flat['learning_rate'])
-    words = f'--learning_rate={best:.1e} --min_lr={best / 10:.1e} --optimizer=muon:{7.5 * best:.1e}'
+    words = f'--learning_rate={best:.1e} --min_lr={best / 10:.1e} --optimizer=muon:{muon / 2e-3 * best:.1e}'
     assert f'\nsuggested: {best:.1e} ({words})\n' in result.out, result.out
     assert {path.name for path in (tiny / 'new/lr').iterdir()} == {'lr_finder.csv', 'lr_finder.png'}
     assert 'iter 0' not in result.out and 'saving' not in result.out

@@ -396,7 +396,7 @@ def test_a_grid_of_real_runs(run, tiny):
     assert float(good['peak memory (GiB)']) == max(r.get('system/cpu_memory_gib', 0) for r in logged)
     assert float(good['tokens/s']) == statistics.median(r['tokens_per_second'] for r in logged if 'mfu' in r)
     console = (folder / 'console.log').read_text(encoding='utf-8')
-    assert len(good['sample']) == 401 and f'a sample of its own:\n{good["sample"]}\n\n' in console
+    assert len(good['sample']) == 8 * 16 + 1 and f'a sample of its own:\n{good["sample"]}\n\n' in console
     text = (tiny / 'sweeps/x/results.md').read_text(encoding='utf-8')
     assert 'Two rates.' in text and '1 finished, 1 diverged' in text and 'learning_rate=0.01' in result.out
     assert (tiny / 'sweeps/x/comparison.png').stat().st_size > 10_000

@@ -10,6 +10,8 @@ from typing import get_args
 from kit.base.errors import fail, shown
 from kit.base.overrides import nearest
 
+TAKES = {bool: 'True or False', int: 'a whole number', float: 'a number'}
+
 
 def kinds_of(GPTConfig):
     """{field: its type, or its choices} of those that make an architecture."""
@@ -31,7 +33,7 @@ def parse(text, GPTConfig):
         if name in presets:
             wrong(text, f'{preset} and {name} are two; take one, and deviations by name')
         if name not in kinds and name in [f.name for f in fields(GPTConfig)]:
-            wrong(text, f'{name} is no part of it; most such sizes are settings of their own, as --n_layer')
+            wrong(text, f'{name} is no part of it; the sizes of a model are settings of their own, as --n_layer')
         if name not in kinds:
             wrong(text, f'there is no {shown(name)}{nearest(name, kinds)}; there are {", ".join(kinds)}')
         value = typed(text, name, value, kinds[name])
@@ -71,7 +73,7 @@ def help_text(GPTConfig):
     presets, kinds = GPTConfig.PRESETS, kinds_of(GPTConfig)
     rows = [('', *presets, 'takes')]
     for name, kind in kinds.items():
-        takes = ' or '.join(kind) if isinstance(kind, tuple) else {bool: 'True or False', int: 'a whole number'}[kind]
+        takes = ' or '.join(kind) if isinstance(kind, tuple) else TAKES[kind]
         rows.append((name, *(str(preset[name]) for preset in presets.values()), takes))
     name, kind = next((name, kind) for name, kind in kinds.items() if isinstance(kind, tuple))
     title = (f'architecture: a preset, and behind commas deviations by name, as in --architecture={[*presets][-1]},'

@@ -54,11 +54,11 @@ class RangeTest:
         return len(self.losses) == self.steps or not mean <= self.lowest + DIVERGED  # a NaN is no number below
 
 
-def run(update, step, bad_steps, start, end, out_dir, lr_factors):
+def run(update, step, bad_steps, start, end, out_dir, muon):
     """
     Make steps with rates from start to end, or to where the loss diverges, and report. update: of train.py; step: the
-    first; bad_steps: a gradients.BadSteps, whose loss counts as none; lr_factors: of the optimizer's groups, whose
-    rates climb side by side.
+    first; bad_steps: a gradients.BadSteps, whose loss counts as none; muon: how many times the rate that of Muon's
+    matrices is, which climbs beside it, or None.
     """
     if not LOWEST <= start < end <= HIGHEST:
         fail(f'find_lr_start = {start:g}, find_lr_end = {end:g}: nothing is learned at such rates; {LOWEST:g} to '
@@ -68,7 +68,7 @@ def run(update, step, bad_steps, start, end, out_dir, lr_factors):
         figures, _ = update(step, test.rate())
         is_over = test.take(math.nan if bad_steps.is_bad else figures['loss'].item())
         step += 1
-    ranks.from_main(lambda: report(test, out_dir, max(lr_factors)))
+    ranks.from_main(lambda: report(test, out_dir, muon))
 
 
 def smoothed(losses, width):
@@ -110,15 +110,16 @@ def suggestion(test):
         f'{test.rates[flat]:.1e} on' + (f'; it diverges at {last}' if len(test.losses) < test.steps else ''))
 
 
-def report(test, out_dir, muon=1.0):
+def report(test, out_dir, muon=None):
     """
-    Print what the test says, and write lr_finder.csv and lr_finder.png into out_dir. muon: its rate, in learning rates.
+    Print what the test says, and write lr_finder.csv and lr_finder.png into out_dir. muon: its rate in learning rates,
+    or None.
     """
     from kit.watch import pictures
     rate, words = suggestion(test)
     curve = smoothed(test.losses, WIDTH * test.steps)
     print(f'{len(test.losses)} steps, rates from {test.rates[0]:.1e} to {test.rates[-1]:.1e}: {words}')
-    words = f' --optimizer=muon:{muon * rate:.1e}' if rate and muon != 1 else ''
+    words = f' --optimizer=muon:{muon * rate:.1e}' if rate and muon else ''
     print(f'suggested: {rate:.1e} (--learning_rate={rate:.1e} --min_lr={rate / 10:.1e}{words})' if rate else
           'no suggestion')
     if rate:

@@ -24,7 +24,8 @@ def show(model, data, meta, device, dtype):
             print(f'\nasked:\n{tokens.decode(text, reader.pair(i)[0][:-1])}\nits answer: {answer}')
         print()
     else:
-        print(f'\na sample of its own:\n{write(model, text, meta, 400, device, dtype)}\n')
+        length = min(400, 8 * reader.block_size)  # a model that sees little has soon shown what it can do
+        print(f'\na sample of its own:\n{write(model, text, meta, length, device, dtype)}\n')
 
 
 def write(model, text, meta, length, device, dtype):
