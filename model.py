@@ -45,15 +45,12 @@ class GPTConfig:
     embed_norm: bool = False        # the embeddings are normalized, too
     qk_norm: bool = False           # queries and keys are, so that no logit of the attention explodes
     mlp: Literal['gelu', 'swiglu'] = 'gelu'  # what stands between its two matrices
-    zero_init: bool = False         # what is added to the residual stream begins as nothing
     tied: bool = True               # one matrix reads the tokens and predicts them
     ngram_embeddings: int = 0       # so many vectors for the last two tokens, and for the last three, by their hash
 
     PRESETS = {  # this and what follows are no fields
-        'gpt2': dict(position='learned', embed_norm=False, qk_norm=False, mlp='gelu', zero_init=False, tied=True,
-                     ngram_embeddings=0),
-        'modern': dict(position='rope', embed_norm=True, qk_norm=True, mlp='gelu', zero_init=True, tied=False,
-                       ngram_embeddings=8192),
+        'gpt2': dict(position='learned', embed_norm=False, qk_norm=False, mlp='gelu', tied=True, ngram_embeddings=0),
+        'modern': dict(position='rope', embed_norm=True, qk_norm=True, mlp='gelu', tied=False, ngram_embeddings=8192),
     }
     FREE = 'dropout',  # weights do not depend on it: a resume may change it
     RESIZABLE = 'block_size',  # may change where a new run begins with the weights of another, see GPT.fitted
@@ -183,10 +180,7 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """
-    One layer's keys and values of the newest block_size tokens, so that a new token costs one token's work; that of the
-    first layer also has the ids that n-grams look back at.
-    """
+    """Keys, values and ids of the newest block_size tokens in a layer, so that a new one costs one token's work."""
 
     def __init__(self, block_size):
         self.block_size, self.length, self.k, self.ids = block_size, 0, None, None
@@ -235,7 +229,7 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight
 
         for name, p in self.named_parameters():
-            if 'ngrams' in name or config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+            if name == 'transformer.ngrams.weight':
                 nn.init.zeros_(p)
             elif p.dim() >= 2:
                 # 2 n_layer projections add up in the residual stream; GPT-2 starts them smaller by the root of that

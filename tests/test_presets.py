@@ -112,7 +112,7 @@ def test_a_checkpoint_keeps_the_fields_and_they_win(train, run, tiny):
 def test_a_preset_that_has_changed_since_changes_no_run(hooked, train, tiny):
     """What was made as modern goes on as it was."""
     code = "import model\nmodel.GPTConfig.PRESETS['modern'].update(tied=True, qk_norm=False)"
-    assert hooked(code).status == 0
+    assert hooked(code, '--architecture=modern').status == 0
     resumed = train('--init_from=resume', '--max_iters=12')
     assert resumed.status == 0, resumed.err
     assert 'From the checkpoint: architecture = modern,qk_norm=False,tied=True' in resumed.out
