@@ -62,18 +62,20 @@ class GPTConfig:
                 raise ValueError(f'{f.name} = {value!r} should be one of {", ".join(get_args(f.type))}')
             if f.type in (int, float, bool, str) and not isinstance(value, (int, float) if f.type is float else f.type):
                 raise ValueError(f'{f.name} = {value!r} should be of type {f.type.__name__}')
-        self.n_head = self.n_head or max(n for n in range(1, max(1, self.n_embd // 64) + 1) if self.n_embd % n == 0)
+        if self.n_head == 0:
+            fits = lambda n: self.n_embd % n == 0 and (self.position != 'rope' or self.n_embd // n % 2 == 0)
+            self.n_head = next(filter(fits, range(min(self.n_embd // 64, 1024), 1, -1)), 1)
         for name in 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size':
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} = {getattr(self, name)} should be 1 or more')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}')
         if not 0 <= self.ngram_embeddings * self.n_embd <= 2**40:
-            raise ValueError(f'ngram_embeddings = {self.ngram_embeddings} should be as many rows as memory holds')
+            raise ValueError(f'ngram_embeddings = {self.ngram_embeddings} should be 0 or as many rows as memory holds')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout} should be a share below 1')
         if self.position == 'rope' and self.n_embd // self.n_head % 2:
-            raise ValueError(f'n_embd = {self.n_embd}, n_head = {self.n_head}: rope turns pairs of channels in a head')
+            raise ValueError(f'n_embd = {self.n_embd}: rope in {self.n_head} heads needs an even n_embd / n_head')
 
     def least_numbers(self):
         """No model of this configuration has fewer; known before one is made, which may take for ever."""

@@ -40,7 +40,7 @@ journal = Journal()  # from here on every line that is printed also goes to trai
 eval_interval = 200         # >= 0: steps between evaluations; 0 = only at the end
 eval_iters = 20             # >= 0: batches an evaluation takes from each split; 0 = all of val and as much of train
 log_interval = 50           # >= 0: steps between iter lines; 0 = none
-save_interval = 100         # >= 0: steps between the checkpoints step_*.pt; 0 = none; close ones average well
+save_interval = 40          # >= 0: steps between the checkpoints step_*.pt; 0 = none; close ones average well
 keep_last = 10              # >= 0: how many of these are kept; 0 = all
 always_save_checkpoint = True  # whether an evaluation without progress refreshes ckpt.pt too
 save_errors = 'warn'        # warn or stop: where a checkpoint cannot be written, warn and train on, or stop

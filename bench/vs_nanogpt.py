@@ -335,6 +335,9 @@ if __name__ == '__main__':
     if 'gpt2' in wanted and DEVICE.type != 'cuda':
         print('gpt2 is left out: no GPU is here')
         wanted.remove('gpt2')
+    if 'speedrun' in wanted and DEVICE.type == 'cuda':
+        print('speedrun is left out: it compares on a CPU (CUDA_VISIBLE_DEVICES=)')
+        wanted.remove('speedrun')
     os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # no launch but the first compiles what it imports
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through all that cleans up
     status, found = 0, {}

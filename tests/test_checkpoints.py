@@ -436,6 +436,8 @@ OF_ANOTHER_MODEL = [
     (lambda saved: saved['model_args'].update(vocab_size=0), 'vocab_size = 0 should be 1 or more'),
     (lambda saved: saved['model'].update(scale=torch.ones(3)), 'Unexpected key(s) in state_dict: "scale"'),
     (lambda saved: saved['model_args'].update(n_embd=64), 'size mismatch for transformer.wte.weight'),
+    (lambda saved: saved['model'].update({'lm_head.weight': saved['model']['lm_head.weight'] + 1}),
+     'lm_head.weight is not transformer.wte.weight, and the two are one in it'),
 ]
 
 

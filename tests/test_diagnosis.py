@@ -88,7 +88,7 @@ SICKNESSES = {  # name: (what is planted, settings, what is found, the command t
                                     ['--architecture=gpt2'], 'first loss', 'model.py'),
     'shuffled targets': (IN_FORWARD.format(SHUFFLE), [], 'no use of the context', '--dry_run'),
     'constant data': ('', ['--dataset=constant'], 'nothing to learn', '--dry_run'),
-    'clipped always': ('', ['--grad_clip=0.01'], 'clipped always', '--grad_clip=1.'),
+    'clipped always': ('', ['--grad_clip=0.01'], 'clipped always', '--grad_clip=2.'),
     'an id beyond the vocabulary': (ID_IN_DATA, ['--debug_nan', '--sampling=random'], 'debug_nan: step 50',
                                     'the data: x[2, 3] is the id 60000'),
     'NaN in the forward pass': ('import math\n' + IN_INIT.format(NAN_IN_FORWARD), ['--debug_nan'], 'debug_nan: step 50',
@@ -104,7 +104,7 @@ SICKNESSES = {  # name: (what is planted, settings, what is found, the command t
                        'self.transformer.h[1].mlp.c_proj.weight.requires_grad_(False).zero_(); '
                        'self.transformer.h[1].attn.c_proj.weight.requires_grad_(False)'), ['--architecture=gpt2'],
         'layers without gradient', 'h.1'),
-    'a model too small': ('', ['--n_layer=1', '--n_head=1', '--n_embd=4', '--max_iters=2000', '--decay_lr=False',
+    'a model too small': ('', [*GPT2, '--n_layer=1', '--n_head=1', '--n_embd=4', '--max_iters=2000', '--decay_lr=False',
                                '--learning_rate=0.01', '--eval_interval=400', '--log_interval=25'], 'plateau',
                           '--n_embd=8'),
 }

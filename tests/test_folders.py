@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import OF_THE_MACHINE, ROOT, TINY, records, some_text
+from conftest import OF_THE_MACHINE, ROOT, TINY, records, small, some_text
 
 from kit.watch import journal
 
@@ -198,7 +198,7 @@ def test_a_kill_after_a_save_loses_no_record(train, tiny, interval, dtype):
     """And the shares of clipped updates, told at each iter line, are those of the run that was not killed."""
     args = [f'--log_interval={interval}', '--eval_interval=0', '--save_interval=20', '--grad_clip_quantile=0.5',
             '--decay_lr=False', f'--dtype={dtype}']
-    command = [sys.executable, ROOT / 'train.py', '--dataset=tiny', *TINY, *args, '--max_iters=100000',
+    command = [sys.executable, ROOT / 'train.py', '--dataset=tiny', *small(*args), '--max_iters=100000',
                '--compile=False', '--out_dir=cut']
     process = subprocess.Popen(command, cwd=tiny, stdout=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '1'})
     while not (tiny / 'cut/step_0000060.pt').exists():
@@ -223,17 +223,18 @@ def test_a_test_on_another_text_says_so(train, run, tiny):
     assert result.status == 0 and 'tiny is another text than that which checkpoints/best.pt has read' in result.out
 
 
-def test_what_names_no_dataset_is_asked_for_it(run, tiny, trained):
-    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+def test_what_names_no_dataset_is_asked_for_it(run, tiny, trained_gpt2):
+    saved = torch.load(trained_gpt2 / 'ckpt.pt', weights_only=True)
     del saved['config']
-    for path in trained.glob('*.pt'):
+    for path in trained_gpt2.glob('*.pt'):
         path.unlink()
-    torch.save(saved, trained / 'ckpt.pt')
+    torch.save(saved, trained_gpt2 / 'ckpt.pt')
     before = sorted(tiny.rglob('*'))
     result = run('train.py', '--init_from=resume', '--max_iters=12', '--device=cpu')
     assert result.status == 2 and '--dataset=NAME' in result.err and sorted(tiny.rglob('*')) == before
     result = run('train.py', '--init_from=resume', *TINY, '--dataset=tiny', '--max_iters=12')
     assert result.status == 0 and 'names no settings' in result.out, result.err
+    assert 'optimizer = adamw: the checkpoint is older than this setting' in result.out
 
 
 def test_a_best_in_a_folder_that_is_no_utf8_is_kept(train, run, tiny):

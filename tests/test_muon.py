@@ -204,12 +204,26 @@ def test_another_optimizer_at_a_resume(train, trained):
     ('moun:0.02', 'there is no such optimizer; did you mean muon?'), ('', 'there are adamw and muon'),
     ('muon:', 'is no rate'), ('muon:0', 'is no rate'), ('muon:-1', 'is no rate'), ('muon:nan', 'is no rate'),
     ('muon:inf', 'is no rate'), ('muon:fast', "'fast' is no rate, which is above 0"), ('muon:0.02:3', 'no rate'),
-    ('adamw:0.01', 'the rate of adamw is learning_rate'), ('Muon:0.02', 'did you mean muon?')])
+    ('adamw:0.01', 'the rate of adamw is learning_rate'), ('muon:1e39', "'1e39' is no rate")])
 def test_what_is_no_optimizer(train, tiny, text, words):
     result = train(f'--optimizer={text}')
     assert result.status == 2 and result.err.count('\n') == 1, result.err
     assert f"optimizer = '{text}'" in result.err and words in result.err
     assert not (tiny / 'checkpoints').exists()
+
+
+def test_rates_that_are_too_far_apart(train, tiny):
+    result = train('--learning_rate=1e-311', '--min_lr=0')
+    assert result.status == 2 and result.err.count('\n') == 1, result.err
+    assert 'its rate is too far above learning_rate = 1e-311' in result.err and not (tiny / 'checkpoints').exists()
+
+
+@pytest.mark.parametrize('text', ['MUON: 1E-1 ', 'muon:+0.1', 'muon:.1'])
+def test_a_rate_in_other_words_is_the_same(train, tiny, text):
+    """Also to what reads it later, such as the diagnosis."""
+    assert train(f'--optimizer={text}', '--max_iters=1').status == 0
+    assert state(tiny / 'checkpoints')['config']['optimizer'] == 'muon:0.1'
+    assert train('--init_from=resume', '--optimizer=muon:0.1', '--max_iters=2').status == 0
 
 
 def test_a_model_without_matrices_in_its_blocks(capsys):

@@ -55,15 +55,26 @@ def test_what_is_no_architecture(train, tiny, text, words):
 
 def test_rope_needs_pairs_of_channels(train, tiny):
     result = train('--n_head=2', '--n_embd=6')
-    assert result.status == 2 and result.err.count('\n') == 1 and 'rope turns pairs of channels' in result.err
+    assert result.status == 2 and result.err.count('\n') == 1, result.err
+    assert 'n_embd = 6: rope in 2 heads needs an even n_embd / n_head' in result.err
     assert train('--n_head=2', '--n_embd=6', '--architecture=gpt2', '--max_iters=1').status == 0
+
+
+def test_heads_that_nobody_names_are_such_as_rope_takes():
+    heads = {(position, n_embd): GPTConfig(position=position, n_embd=n_embd, n_head=0).n_head
+             for position in ('rope', 'learned') for n_embd in (32, 130, 192, 390)}
+    assert [*heads.values()] == [1, 1, 3, 5, 1, 2, 3, 6]
+    with pytest.raises(ValueError, match='in 1 heads'):
+        GPTConfig(n_embd=33, n_head=0, position='rope')
+    with pytest.raises(ValueError, match='block_size'):  # at once, whatever a file asks for
+        GPTConfig(n_embd=10**11 + 3, n_head=0, block_size=0)
 
 
 @pytest.mark.parametrize('n', [-5, 10**12, 10**22])
 def test_a_table_that_no_memory_holds(train, tiny, n):
     result = train(f'--architecture=modern,ngram_embeddings={n}')
     assert result.status == 2 and result.err.count('\n') == 1
-    assert f'ngram_embeddings = {n} should be as many rows as memory holds' in result.err
+    assert f'ngram_embeddings = {n} should be 0 or as many rows as memory holds' in result.err
     assert not (tiny / 'checkpoints').exists()
 
 

@@ -45,6 +45,10 @@ warmup_share = 0.0          # 0 <= x < 1
 warmup_start_lr = 0.0       # >= 0
 lr_decay_iters = 0          # >= 0
 min_lr = 0.0                # >= 0
+architecture = 'gpt2'       # what sweep.py looks at
+n_head = 0
+optimizer = 'adamw'
+objective = 'causal'
 how = 'well'                # well, crash, bad, nan, killed, worse, rises, leaves or mistake: how it ends
 pace = 0.0                  # >= 0: seconds a step takes
 # this launch alone
@@ -101,7 +105,8 @@ log.write('\\na sample of its own:\\nIt, "said"\\n\\nhe.\\n\\nbest val loss\\nne
 def project(tmp_path):
     """A copy of the project whose train.py is the stand-in."""
     shutil.copytree(ROOT / 'kit', tmp_path / 'project/kit', ignore=shutil.ignore_patterns('__pycache__'))
-    shutil.copy(ROOT / 'sweep.py', tmp_path / 'project')
+    for name in 'sweep.py', 'model.py', 'attention.py':
+        shutil.copy(ROOT / name, tmp_path / 'project')
     (tmp_path / 'project/train.py').write_text(STAND_IN)
     return tmp_path / 'project'
 
@@ -150,7 +155,7 @@ def is_alive(pid):
 
 def a_sweep(tmp_path, lines, script=ROOT / 'train.py', **given):
     (tmp_path / 'a.py').write_text(lines)
-    return trials.read(str(tmp_path / 'a.py'), given, script)
+    return trials.read(str(tmp_path / 'a.py'), given, script, lambda settings: None)
 
 
 def test_a_grid_has_every_combination_in_the_order_of_the_file(tmp_path):
@@ -238,7 +243,7 @@ def test_files_of_the_project(file, tmp_path, monkeypatch):
         pytest.importorskip('optuna')
     (tmp_path / 'data').mkdir()
     monkeypatch.chdir(tmp_path)
-    sweep = trials.read(str(file), {}, ROOT / 'train.py')
+    sweep = trials.read(str(file), {}, ROOT / 'train.py', lambda settings: None)
     assert sweep.description and sweep.axes()
 
 
@@ -345,6 +350,9 @@ def test_commands(tmp_path):
     ('config = "\\""', [], ['config', 'quotation']),
     ('config = "' + 'x' * 9999 + '"', [], ['xxx']),
     ('minimise = "' + '__class__' + '"\nmaximise = 3', [], ['maximise = 3']),
+    ('architecture = ["modern", "modern,mlp=swigloo"]', [], ['swigloo', 'did you mean swiglu?']),
+    ('optimizer = ["muon:0.02", "muon:x"]', [], ['muon:x', 'is no rate']),
+    ('n_embd = [32, 33]', [], ['n_embd = 33', 'needs an even']),
 ])
 def test_mistakes_are_one_line(run, tmp_path, lines, args, named):
     (tmp_path / 'x.py').write_text(lines)

@@ -76,6 +76,9 @@ def test_layers_against_a_plain_loop(model):
         size = torch.cat([old[name].flatten() for name in mine]).norm()
         assert found[f'grad_norm/{layer}'] == pytest.approx(gradient.item(), rel=1e-5)
         assert found[f'update_ratio/{layer}'] == pytest.approx((moved / size).item(), rel=1e-4)
+    before[0].zero_()
+    found = gradients.by_layer(model, gradients.moves(model, norms, before))
+    assert 'grad_norm/wte' in found and 'update_ratio/wte' not in found  # a share of nothing
 
 
 def test_a_large_parameter_is_sampled_evenly(monkeypatch):

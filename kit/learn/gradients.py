@@ -67,7 +67,7 @@ def moves(model, norms, before):
 def by_layer(model, rows):
     """
     {'grad_norm/<layer>': norm of its gradient, 'update_ratio/<layer>': norm of the update / norm of the weights} after
-    an update; rows: its moves, on the host.
+    an update, but for weights that were all 0; rows: its moves, on the host.
     """
     names, sums = layers(name for name, _ in model.named_parameters()), {}  # of squares
     for (name, p), (gradient, move, size) in zip(model.named_parameters(), rows.tolist(), strict=True):
@@ -76,7 +76,7 @@ def by_layer(model, rows):
         for i, square in enumerate((gradient**2, share * move**2, share * size**2)):
             of_layer[i] += square
     return ({f'grad_norm/{name}': math.sqrt(gradient) for name, (gradient, _, _) in sums.items()}
-            | {f'update_ratio/{name}': math.sqrt(move / max(size, 1e-30)) for name, (_, move, size) in sums.items()})
+            | {f'update_ratio/{name}': math.sqrt(move / size) for name, (_, move, size) in sums.items() if size})
 
 
 def values(model):

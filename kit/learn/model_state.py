@@ -13,9 +13,13 @@ def load(model, state):
     RuntimeError in words where names, shapes or kinds of numbers are not the model's, or a parameter is not finite.
     """
     state, own = model.fitted(state), model.state_dict()
-    for name in own.keys() & state.keys():  # torch would round or cut off without a word
-        if kind_of(own[name]) != kind_of(state[name]):
+    one = {}  # of the names of one tensor, the first
+    for name in filter(state.__contains__, own):
+        if kind_of(own[name]) != kind_of(state[name]):  # torch would round or cut off without a word
             raise ValueError(f'{name} is {words(state[name])}, and must be {words(own[name])}')
+        twin = state[one.setdefault(own[name].data_ptr(), name)]
+        if twin.data_ptr() != state[name].data_ptr() and not torch.equal(twin, state[name]):  # the last would win
+            raise RuntimeError(f'{name} is not {one[own[name].data_ptr()]}, and the two are one in it')
     model.load_state_dict(state)
     for name, parameter in model.named_parameters():  # seen here, since float32 may not hold what float64 did
         if not is_finite(parameter):

@@ -11,6 +11,7 @@ from kit.base.overrides import nearest
 MOMENTUM = 0.95        # of Muon: the memory of its mean gradient
 FIRST_MOMENTUM = 0.85  # with which it begins,
 WARMUP = 300           # and its steps from the one to the other
+MOST = 1e36            # rates below it do not overflow in float32
 # coefficients of its iterations (Amsel et al. 2025, arXiv:2505.16932), which leave 1% for rounding
 NEWTON_SCHULZ = [(8.2052, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250),
                  (3.2856, -2.4153, 0.4853)]
@@ -28,6 +29,8 @@ def make(text, model, weight_decay, learning_rate, betas, dtype):
     if not matrices:
         fail(f'optimizer = {text!r}: this model has no matrices in its blocks for Muon; --optimizer=adamw')
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    if not rate / learning_rate < MOST:
+        fail(f'optimizer = {text!r}: its rate is too far above learning_rate = {learning_rate:g}, to which it is tied')
     return Muon(matrices, others, learning_rate, rate / learning_rate, weight_decay, betas,
                 torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
 
@@ -35,6 +38,7 @@ def make(text, model, weight_decay, learning_rate, betas, dtype):
 def parse(text):
     """'muon:0.02' -> ('muon', 0.02); one line where it is no optimizer."""
     name, is_given, number = text.partition(':')
+    name = name.strip().lower()
     if name not in ('adamw', 'muon'):
         fail(f'optimizer = {shown(text)}: there is no such optimizer{nearest(name, ["adamw", "muon"])}; there are '
              'adamw and muon:0.02')
@@ -46,9 +50,14 @@ def parse(text):
         rate = float(number) if is_given else 0.02
     except ValueError:
         rate = 0.0
-    if not 0 < rate < math.inf:
+    if not 0 < rate < MOST:
         fail(f'optimizer = {shown(text)}: {shown(number)} is no rate, which is above 0, as in --optimizer=muon:0.02')
     return name, rate
+
+
+def text_of(name, rate):
+    """The setting of a name and a rate, as parse gives them."""
+    return name if rate is None else f'{name}:{rate}'
 
 
 def adamw(model, weight_decay, learning_rate, betas):

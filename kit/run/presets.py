@@ -60,6 +60,16 @@ def wrong(text, words):
     fail(f'architecture = {shown(text)}: {words}')
 
 
+def model_config(settings, GPTConfig, args):
+    """The GPTConfig of a run: fields that are settings as these are, others as in args; one line where it is none."""
+    args = args | parse(settings['architecture'], GPTConfig)
+    args = args | {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
+    try:
+        return GPTConfig(**args | {'causal': settings['objective'] == 'causal'})
+    except ValueError as error:
+        fail(error)
+
+
 def text_of(args, GPTConfig):
     """The shortest text for the fields in args {field: value}; those that it lacks have their defaults."""
     default = {f.name: f.default for f in fields(GPTConfig)}

@@ -24,7 +24,7 @@ def find(config, trains, GPTConfig, device):
     the new config init_from says how the run began, also where this launch goes on with it.
     """
     config['architecture'] = presets.text_of(presets.parse(config['architecture'], GPTConfig), GPTConfig)
-    optimizers.parse(config['optimizer'])
+    config['optimizer'] = optimizers.text_of(*optimizers.parse(config['optimizer']))
     if config['test']:
         config, saved, is_resume, past = find_tested(config, GPTConfig, device)
     else:
@@ -57,7 +57,7 @@ def find_start(config, trains, GPTConfig, device):
             path, saved = checkpoints.newest(out_dir)
         print(f'checkpoint: {path}, after {saved["iter_num"]} steps')
         if 'config' not in saved:
-            print(f'{path} names no settings: all are those of this command')
+            print(f'{path} names no settings: all are those of this command, but where it is said')
             if 'dataset' not in overrides.given:
                 overrides.fail(f'{path} does not name its dataset; give it: --dataset=NAME')
         init_from = saved.get('config', {}).get('init_from', 'scratch')
@@ -77,7 +77,8 @@ def find_start(config, trains, GPTConfig, device):
         config = adopt_from(made_with, saved.get('model_args'), config, GPTConfig, shape, device)
     elif saved:
         fixed = [name for name in shape if is_resume or name not in GPTConfig.RESIZABLE]
-        config = adopt_from(saved.get('config'), saved['model_args'], config, GPTConfig, fixed, device)
+        made_with = saved.get('config', {} if is_resume else None)
+        config = adopt_from(made_with, saved['model_args'], config, GPTConfig, fixed, device)
     if is_resume and config['max_minutes'] and saved.get('fitted_minutes') == config['max_minutes']:
         config['max_iters'] = saved.get('config', config)['max_iters']  # whatever is given here
     if trains and config['wandb_log']:
@@ -106,10 +107,11 @@ def find_tested(config, GPTConfig, device):
 
 def adopt_from(made_with, model_args, config, GPTConfig, fixed, device):
     """
-    The settings that weights were made with, None where they name none, and those of their model taken over, see
-    overrides.adopt. They go on as they were made: a setting that is younger than they are is what the code then did.
+    The settings that weights were made with, and those of their model taken over, see overrides.adopt. They go on as
+    they were made: a setting that is younger than they are is what the code then did. made_with: None where weights
+    begin a new run, which has no settings but its own.
     """
-    made_with = made_with or {}
+    is_new, made_with = made_with is None, made_with or {}
     args = model_args or {f.name: f.default for f in fields(GPTConfig) if f.name not in made_with}
     found = made_with | {name: args[name] for name in shaping(config, GPTConfig) if name in args}
     if model_args:
@@ -119,7 +121,7 @@ def adopt_from(made_with, model_args, config, GPTConfig, fixed, device):
     if {'max_iters', 'max_minutes'} & overrides.given:
         found.pop('max_epochs', None)  # it would outdo them
     config = overrides.adopt(config, found, fixed)
-    for name, value in earlier.SETTINGS.items() if made_with else ():
+    for name, value in ({} if is_new else earlier.SETTINGS).items():
         if name in config and name not in {*found, *overrides.given} and config[name] != value:
             config[name] = value
             print(f'{name} = {value}: the checkpoint is older than this setting, and this is what the code did then')
@@ -134,18 +136,12 @@ def model_config(saved, meta, config, GPTConfig):
     checkpoints.check_fit(saved, meta)
     has_mask = config['mask_prob'] > 0
     args = saved.get('model_args', {'vocab_size': tokens.padded_vocab_size(meta, has_mask)})
-    args = args | presets.parse(config['architecture'], GPTConfig)
-    args = args | {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-    args['causal'] = config['objective'] == 'causal'
     if has_mask and args['vocab_size'] <= meta['vocab_size']:
-        args['vocab_size'] = meta['vocab_size'] + 1
+        args = args | {'vocab_size': meta['vocab_size'] + 1}
         if 'optimizer' in saved:
             overrides.fail('mask_prob: these weights know no id that hides a token, and their optimizer neither; begin '
                            'a new run with them: --init_from=FILE.pt')
-    try:
-        return GPTConfig(**args)
-    except ValueError as error:
-        overrides.fail(error)
+    return presets.model_config(config, GPTConfig, args)
 
 
 def restore(saved, is_resume, config, meta, model, optimizer, scaler, average, device):

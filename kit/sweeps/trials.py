@@ -134,10 +134,11 @@ class Sweep:
                 'maximise': self.maximise}
 
 
-def read(word, given, script):
+def read(word, given, script, judge):
     """
     The Sweep in a file. given: settings that the command line has put over it. script: train.py, whose settings it may
-    name. Whatever is wrong with it ends the script; nothing is written here.
+    name. judge: ends the script where the settings of a run will not do for a model or an optimizer. Whatever is wrong
+    with the file ends the script; nothing is written here.
     """
     if not word.endswith('.py'):
         overrides.fail(f'{shown(word)}: a sweep file is Python and ends in .py, such as config/sweeps/rate_grid.py')
@@ -200,7 +201,7 @@ def read(word, given, script):
     sweep = Sweep(words, fixed, space, variants, own['method'], list(dict.fromkeys(seeds)), own['max_runs'],
                   own['minimise'], own['maximise'], str(namespace.get('__doc__') or '').strip(), base | fixed,
                   {name: value for name, value in (base | fixed).items() if value != defaults[name]})
-    check(sweep, word, train)
+    check(sweep, word, train, judge)
     return sweep
 
 
@@ -218,7 +219,7 @@ def check_range(name, value, default, where):
     return Range(low, high, value.is_log)
 
 
-def check(sweep, word, train):
+def check(sweep, word, train, judge):
     """What must hold of a sweep and of every set-up that is known before it runs. train: the Script of train.py."""
     if sweep.method not in METHODS:
         overrides.fail(f'{word}: method = {shown(sweep.method)}{overrides.nearest(sweep.method, METHODS)}; it is one '
@@ -249,6 +250,7 @@ def check(sweep, word, train):
                            'begin from scratch or from the weights of another; a half-made one goes on by itself')
         overrides.check_settings(train, settings)
         schedules.check(settings)
+        judge(settings)
     for seed in sweep.seeds:
         overrides.check_settings(train, sweep.base | {'seed': seed})
 
