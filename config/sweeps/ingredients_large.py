@@ -1,6 +1,9 @@
-"""The best few of ingredients.py at the size of nanoGPT's own recipe, 10.6M parameters, as long as there."""
+"""
+The best few of ingredients.py at 6 layers of 384 channels, the size of nanoGPT's own recipe, with rates for that size:
+10.7M parameters, 17M with n-grams. All read 2 million characters, the text a little more than once.
+"""
 
-dtype = 'bfloat16'  # as its table was made; where the CPU has no units for it, float32 is faster and as good
+dtype = 'bfloat16'  # as its table was made; where the CPU has no units for it, float32 is faster
 eval_interval = 0
 eval_iters = 0
 save_interval = 0
@@ -8,10 +11,12 @@ seeds = 3
 
 n_layer = 6
 n_embd = 384
+optimizer = 'muon:0.01'
+learning_rate = 1e-3
 variants = {
     'all': {},
     'all, no n-grams': {'architecture': 'modern,ngram_embeddings=0'},
     'all, AdamW alone': {'optimizer': 'adamw'},
-    'plain, Muon': {'architecture': 'gpt2'},
-    'plain': {'architecture': 'gpt2', 'optimizer': 'adamw', 'learning_rate': 2e-3},
+    'plain': {'architecture': 'gpt2', 'optimizer': 'adamw', 'sampling': 'random', 'batch_size': 12, 'block_size': 64,
+              'max_iters': 2600},
 }
