@@ -1,5 +1,5 @@
 """
-The best few of ingredients.py at 6 layers of 384 channels, the size of nanoGPT's own recipe, with rates for that size:
+The best of ingredients.py at 6 layers of 384 channels, the size of nanoGPT's own recipe, with rates for that size:
 10.7M parameters, 17M with n-grams. All read 2 million characters, the text a little more than once.
 """
 
@@ -7,7 +7,6 @@ dtype = 'bfloat16'  # as its table was made; where the CPU has no units for it, 
 eval_interval = 0
 eval_iters = 0
 save_interval = 0
-seeds = 3
 
 n_layer = 6
 n_embd = 384
@@ -16,7 +15,6 @@ learning_rate = 1e-3
 variants = {
     'all': {},
     'all, no n-grams': {'architecture': 'modern,ngram_embeddings=0'},
-    'all, AdamW alone': {'optimizer': 'adamw'},
     'plain': {'architecture': 'gpt2', 'optimizer': 'adamw', 'sampling': 'random', 'batch_size': 12, 'block_size': 64,
               'max_iters': 2600},
 }
