@@ -220,8 +220,8 @@ def losses(side):
 
 def val_loss(out_dir):
     """What the last checkpoint there has learned: in float32, on all of val."""
-    lines, _, _ = train('flatGPT, float32', 'recipe', f'--init_from={out_dir}/ckpt.pt', '--eval_only', '--eval_iters=0',
-                        '--device=cpu')
+    lines, _, _ = run('flatGPT, float32', 'train.py', [f'--init_from={out_dir}/ckpt.pt', '--dataset=shakespeare_char',
+                                                       '--eval_only', '--eval_iters=0', '--device=cpu'])
     return float(re.search(r'val loss ([\d.]+)', ''.join(line for _, line in lines))[1])
 
 
