@@ -29,12 +29,13 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_
 GPT2 = ['--architecture=gpt2', '--optimizer=adamw']  # for tests that look into weights and moments
 
 
-def small(*args):
+def small_run(*args):
     """
     The arguments of a small run. Where none of args says which model it is, the default's tables of n-grams, 8,192 rows
     each, which would be nearly all of it, have 64.
     """
-    says = any(str(arg).startswith(('--architecture', '--init_from')) or not str(arg).startswith('-') for arg in args)
+    says = any(str(arg).startswith(('--architecture', '--init_from', '--test')) or not str(arg).startswith('-')
+               for arg in args)
     return [*TINY, *([] if says else ['--architecture=modern,ngram_embeddings=64']), *args]
 
 
@@ -112,7 +113,7 @@ def templates(zygote, tmp_path_factory):
     assert result.status == 0, result.err
     for name, more in ('trained', []), ('trained_gpt2', GPT2):
         copy_folder(folders['tiny'], folders[name])
-        result = launch('train.py', '--dataset=tiny', *small(*more), cwd=folders[name])
+        result = launch('train.py', '--dataset=tiny', *small_run(*more), cwd=folders[name])
         assert result.status == 0, result.err
     return folders
 
@@ -155,7 +156,7 @@ def trained_gpt2(templates, tiny):
 def train(run, tiny):
     """train('--max_iters=3') -> Result: the real train.py on data/tiny, with the TINY settings first."""
     def launch(*args, **kwargs):
-        return run('train.py', '--dataset=tiny', *small(*args), **kwargs)
+        return run('train.py', '--dataset=tiny', *small_run(*args), **kwargs)
     return launch
 
 
@@ -163,7 +164,7 @@ def train(run, tiny):
 def hooked(run, tiny):
     """hooked('code', '--max_iters=3') -> Result: train with some code run before the script."""
     def launch(code, *args, **kwargs):
-        return run(hooked_script(tiny, code), '--dataset=tiny', *small(*args), **kwargs)
+        return run(hooked_script(tiny, code), '--dataset=tiny', *small_run(*args), **kwargs)
     return launch
 
 
@@ -178,7 +179,7 @@ def hooked_script(folder, code, name='train.py'):
 def torchrun(folder, *args, script=ROOT / 'train.py'):
     """train.py as two processes."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               str(script), '--dataset=tiny', *small(*args)]
+               str(script), '--dataset=tiny', *small_run(*args)]
     env = os.environ | {'OMP_NUM_THREADS': '1'}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
     return Result(done.returncode, done.stdout, done.stderr)
@@ -198,7 +199,7 @@ def pair(zygote, tiny):
         env = os.environ | {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(store.port),
                             'TORCHELASTIC_USE_AGENT_STORE': 'True'}
         envs = [env | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(2)]
-        result = launch_all(zygote, tiny, str(script), ['--dataset=tiny', *small(*args)], tiny, envs)
+        result = launch_all(zygote, tiny, str(script), ['--dataset=tiny', *small_run(*args)], tiny, envs)
         assert 'processes: 2 ' in result.out, result.err
         return result
     return launch

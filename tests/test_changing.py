@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, TINY, losses, records, small
+from conftest import ROOT, TINY, losses, records, small_run
 
 from kit.watch import curves, runlogs
 
@@ -78,7 +78,7 @@ class Tree:
         return result
 
     def train(self, *args, script='train.py', **kwargs):
-        return self(script, '--dataset=tiny', *small(*args), **kwargs)
+        return self(script, '--dataset=tiny', *small_run(*args), **kwargs)
 
 
 @pytest.fixture

@@ -138,7 +138,8 @@ def test_a_meta_pkl_that_will_not_do(tmp_path, capsys, meta):
 
 
 @pytest.mark.parametrize('options, words', [
-    ([], 'architecture = modern, optimizer = muon'), (['--architecture=gpt2'], 'optimizer = muon'),
+    (['--architecture=modern'], 'architecture = modern, optimizer = muon'),
+    (['--architecture=gpt2'], 'optimizer = muon'),
     (['--optimizer=adamw', '--architecture=gpt2,qk_norm=True'], 'architecture = gpt2,qk_norm=True')])
 def test_runs_that_nanogpt_cannot_read_say_so(train, options, words):
     line, = [line for line in train('--max_iters=1', *options).out.splitlines() if 'nanoGPT' in line]

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import OF_THE_MACHINE, ROOT, TINY, records, small, some_text
+from conftest import OF_THE_MACHINE, ROOT, TINY, records, small_run, some_text
 
 from kit.watch import journal
 
@@ -198,7 +198,7 @@ def test_a_kill_after_a_save_loses_no_record(train, tiny, interval, dtype):
     """And the shares of clipped updates, told at each iter line, are those of the run that was not killed."""
     args = [f'--log_interval={interval}', '--eval_interval=0', '--save_interval=20', '--grad_clip_quantile=0.5',
             '--decay_lr=False', f'--dtype={dtype}']
-    command = [sys.executable, ROOT / 'train.py', '--dataset=tiny', *small(*args), '--max_iters=100000',
+    command = [sys.executable, ROOT / 'train.py', '--dataset=tiny', *small_run(*args), '--max_iters=100000',
                '--compile=False', '--out_dir=cut']
     process = subprocess.Popen(command, cwd=tiny, stdout=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '1'})
     while not (tiny / 'cut/step_0000060.pt').exists():

@@ -11,7 +11,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, fetch, losses, records, some_text
+from conftest import TINY, fetch, losses, records, small_run, some_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -736,7 +736,7 @@ def test_a_mixture_takes_its_rows_from_each(byte_sets, monkeypatch, run):
 @pytest.mark.parametrize('mode', MODES)
 def test_the_same_step_however_it_is_cut(run, pair, byte_sets, mode):
     """8 x 1, 2 x 4, and 2 x 4 on two processes: the same tokens, and each target counts the same."""
-    args = [*TINY, *MODES[mode], '--eval_interval=0', '--save_interval=0', '--max_iters=6']
+    args = [*small_run(*MODES[mode]), '--eval_interval=0', '--save_interval=0', '--max_iters=6']
     whole = run('train.py', *args, '--batch_size=8', '--out_dir=a')
     assert whole.status == 0, whole.err
     cut = run('train.py', *args, '--batch_size=2', '--gradient_accumulation_steps=4', '--out_dir=b')
