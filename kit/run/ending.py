@@ -88,7 +88,9 @@ def show_next_commands(out_dir, can_write, is_sound):
         f' --out_dir={name}', f' {name}', f' --checkpoint_dir={name}')
     has_best, has_last = (os.path.isfile(Path(out_dir) / name) for name in ('best.pt', 'ckpt.pt'))
     can_be_used = has_best or has_last and is_sound
-    kept = {checkpoints.peek(path).get('iter_num') for path in checkpoints.candidates(out_dir)} - {None}
+    kept = checkpoints.candidates(out_dir)
+    if len(kept) >= AVERAGED:  # else there is nothing to be read
+        kept = {checkpoints.peek(path).get('iter_num') for path in kept} - {None}
     print('next:')
     if can_write and can_be_used:
         print(f'  python sample.py{where} --num_samples=3      more of its writing, after a --start of yours')
