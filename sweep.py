@@ -29,8 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kit.base import overrides, ranks, signals
-from kit.learn import optimizers
-from kit.run import presets
+from kit.run import starts
 from kit.sweeps import searches, tables, trials
 from kit.watch.journal import duration
 from model import GPTConfig
@@ -52,16 +51,7 @@ if len(words) != 1:
 over_file = {name: value for name, value, unset in
              [('method', method, ''), ('seeds', seeds, 0), ('max_runs', max_runs, -1)] if value != unset}
 script = overrides.ROOT / 'train.py'
-
-
-def judge(settings):
-    """End the script where the settings of a run make no model or optimizer; what weights bring along they know."""
-    optimizers.parse(settings['optimizer'])
-    if settings['init_from'] == 'scratch':
-        presets.model_config(settings, GPTConfig, {})
-
-
-sweep = trials.read(words[0], over_file, script, judge)
+sweep = trials.read(words[0], over_file, script, lambda settings: starts.check(settings, GPTConfig))
 name = Path(words[0]).stem
 folder = Path(out_dir or f'sweeps/{name}')
 if wandb:

@@ -36,6 +36,13 @@ def find(config, trains, GPTConfig, device):
     return config, saved, is_resume, past
 
 
+def check(config, GPTConfig):
+    """End the script where settings make no optimizer or no model; what weights bring along they know themselves."""
+    optimizers.parse(config['optimizer'])
+    if config['init_from'] == 'scratch':
+        presets.model_config(config, GPTConfig, {})
+
+
 def find_start(config, trains, GPTConfig, device):
     """find, where a run begins or goes on."""
     out_dir, init_from, weights, saved, past = config['out_dir'], config['init_from'], config['weights'], {}, None
