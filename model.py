@@ -389,7 +389,7 @@ class GPT(nn.Module):
     # what the other files ask of a model, beside forward, hidden and stream: they know no parameter by its name
 
     def count_params(self, non_embedding=True):
-        """The number of parameters; without those of the positions, as is usual, as nanoGPT counts."""
+        """The number of parameters; without those of the positions, as nanoGPT counts."""
         return sum(p.numel() for name, p in self.named_parameters()
                    if not non_embedding or not name.startswith('transformer.wpe.'))
 

@@ -9,8 +9,8 @@ eval_iters = 0
 save_interval = 0
 seeds = 3
 
-_GPT2 = {'architecture': 'gpt2', 'optimizer': 'adamw', 'learning_rate': 4e-3}
-_PLAIN = _GPT2 | {'batch_size': 12, 'block_size': 64, 'sampling': 'random', 'max_iters': 4000}
+_PLAIN = {'architecture': 'gpt2', 'optimizer': 'adamw', 'learning_rate': 4e-3, 'batch_size': 12, 'block_size': 64,
+          'sampling': 'random', 'max_iters': 4000}
 variants = {
     'all': {},
     'all, AdamW alone': {'optimizer': 'adamw'},

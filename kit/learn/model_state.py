@@ -17,9 +17,9 @@ def load(model, state):
     for name in filter(state.__contains__, own):
         if kind_of(own[name]) != kind_of(state[name]):  # torch would round or cut off without a word
             raise ValueError(f'{name} is {words(state[name])}, and must be {words(own[name])}')
-        twin = state[one.setdefault(own[name].data_ptr(), name)]
-        if twin.data_ptr() != state[name].data_ptr() and not torch.equal(twin, state[name]):  # the last would win
-            raise RuntimeError(f'{name} is not {one[own[name].data_ptr()]}, and the two are one in it')
+        first = one.setdefault((own[name].data_ptr(), own[name].shape), name)
+        if state[first].data_ptr() != state[name].data_ptr() and not torch.equal(state[first], state[name]):
+            raise RuntimeError(f'{name} is not {first}, and the two are one in it')  # the last would win
     model.load_state_dict(state)
     for name, parameter in model.named_parameters():  # seen here, since float32 may not hold what float64 did
         if not is_finite(parameter):

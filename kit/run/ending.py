@@ -88,15 +88,15 @@ def show_next_commands(out_dir, can_write, is_sound):
         f' --out_dir={name}', f' {name}', f' --checkpoint_dir={name}')
     has_best, has_last = (os.path.isfile(Path(out_dir) / name) for name in ('best.pt', 'ckpt.pt'))
     can_be_used = has_best or has_last and is_sound
-    kept = checkpoints.candidates(out_dir)
-    if len(kept) >= AVERAGED:  # else there is nothing to be read
-        kept = {checkpoints.peek(path).get('iter_num') for path in kept} - {None}
+    paths, steps = checkpoints.candidates(out_dir), set()
+    if len(paths) >= AVERAGED:  # else none has to be read
+        steps = {checkpoints.peek(path).get('iter_num') for path in paths} - {None}
     print('next:')
     if can_write and can_be_used:
         print(f'  python sample.py{where} --num_samples=3      more of its writing, after a --start of yours')
     print(f'  python plot_loss.py{run}      the loss curve as a picture')
     if can_be_used:
         print(f'  python train.py --test{where}      loss, perplexity and accuracy on the test split')
-    if len(kept) >= AVERAGED and is_sound:
+    if len(steps) >= AVERAGED and is_sound:
         print(f'  python checkpoint_averaging.py{average}      the last checkpoints as one, which may be better than '
               'any')

@@ -439,8 +439,8 @@ def higher_rate(h):
 
 def muon(h, factor):
     """Muon's rate times a factor, as a setting; '' where the optimizer is another."""
-    rate = re.fullmatch(r'muon:(\d+\.?\d*(?:e[-+]?\d+)?)', str(h.facts.get('optimizer')))
-    return f' --optimizer=muon:{nice(float(rate[1]) * factor)}' if rate else ''
+    rate = re.fullmatch(r'muon(?::(\d+\.?\d*(?:e[-+]?\d+)?))?', str(h.facts.get('optimizer')))
+    return f' --optimizer=muon:{nice(float(rate[1] or 0.02) * factor)}' if rate else ''
 
 
 def longer_warmup(h):
