@@ -17,8 +17,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
 
-from attention import (WITHOUT_CUDNN, WRITTEN_OUT_TO, Dropout, attend, attention_weights, inside_documents, rotated,
-                       rotation)
+from attention import WITHOUT_CUDNN, WRITTEN_OUT_TO, Dropout, attend, attention_weights, inside_documents, rope, rotate
 
 HASH = 0x1E3779B97F4A7C15, 0x42B2AE3D27D4EB4F, 0x165667B19E3779F9  # odd factors: of an id, and of those before it
 BACK = len(HASH) - 1  # how many n-grams look at
@@ -101,7 +100,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, turn=None, cache=None, mask=None):
-        """x: (B, T, C); turn: see rotation; mask: see attention_weights."""
+        """x: (B, T, C); turn: see rope; mask: see attention_weights."""
         B, T, C = x.shape
         q, k, v = self.heads(x, turn)  # (B, H, T, C/H)
         if cache is not None:
@@ -120,7 +119,7 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm:  # Dehghani et al. 2023, arXiv:2302.05442
             qk = F.layer_norm(qk, qk.shape[-1:])
         if turn is not None:
-            qk = rotated(qk, turn)
+            qk = rotate(qk, turn)
         return *qk.chunk(2, dim=1), v
 
     def weights(self, x, turn=None, cache=None, mask=None):
@@ -270,7 +269,7 @@ class GPT(nn.Module):
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
         x, turn = self.transformer.wte(idx), None
         if self.config.position == 'rope':
-            turn = rotation(positions, self.config.n_embd // self.config.n_head)
+            turn = rope(positions, self.config.n_embd // self.config.n_head)
         else:
             x = x + self.transformer.wpe(positions)
         if self.config.ngram_embeddings:
