@@ -6,6 +6,7 @@ $ torchrun --standalone --nproc_per_node=4 train.py
 One process alone is rank 0 of 1, and nothing here imports torch.distributed for it.
 """
 
+import math
 import os
 import sys
 import threading
@@ -192,8 +193,22 @@ def local(tensor):
 
 
 def whole(tensor):
-    """All of a tensor. All processes call this together."""
-    return tensor.full_tensor() if is_part(tensor) else tensor
+    """All of a tensor, on the device that computes. All processes call this together."""
+    if not is_part(tensor):
+        return tensor
+    return placed(at_work(tensor), tensor, tensor.placements, tensor.shape).full_tensor()
+
+
+def at_work(tensor):
+    """The local part of a tensor on the device that computes, where it may lie in the memory of the host."""
+    return local(tensor).to(tensor.device_mesh.device_type)
+
+
+def placed(local, like, placements, shape):
+    """A tensor of a shape in parts over the processes of another; local: the part that lies here."""
+    from torch.distributed.tensor import DTensor
+    stride = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
+    return DTensor.from_local(local.contiguous(), like.device_mesh, placements, shape=shape, stride=stride)
 
 
 def gather(tree):
@@ -211,38 +226,39 @@ def like(value, tensor):
     """A whole tensor, which each process has, as one in parts where the other tensor is that."""
     if not is_part(tensor) or is_part(value):
         return value
-    from torch.distributed.tensor import DTensor
     parts = value.chunk(world_size)
     mine = parts[rank] if rank < len(parts) else value[:0]
-    return DTensor.from_local(mine.to(tensor.device).contiguous(), tensor.device_mesh, tensor.placements,
-                              shape=tensor.shape, stride=tensor.stride())
+    return placed(mine.to(tensor.device), tensor, tensor.placements, tensor.shape)
 
 
 def whole_matrices(parts, like):
     """
-    (n, rows here, columns), the local parts of n matrices such as one -> (n here, rows, columns), some of them whole.
+    (n, rows here, columns), the local parts of n matrices such as one -> (n here, rows, columns), some of them whole,
+    on the device that computes.
     """
-    return redistributed(parts, like, (len(parts), *like.shape), 1, 0)
+    return recut(parts.to(like.device_mesh.device_type), like, (len(parts), *like.shape), 1, 0)
 
 
 def parts_of_matrices(matrices, like, n):
     """The way back from whole_matrices."""
-    return redistributed(matrices, like, (n, *like.shape), 0, 1)
+    return recut(matrices, like, (n, *like.shape), 0, 1).to(like.device)
 
 
-def redistributed(local, like, shape, before, after):
+def recut(local, like, shape, before, after):
     """What lies here of a stack (n, rows, columns) cut in one dimension -> what does when it is cut in another."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    stack = DTensor.from_local(local.contiguous(), like.device_mesh, [Shard(before)], shape=shape,
-                               stride=(shape[1] * shape[2], shape[2], 1))
+    from torch.distributed.tensor import Replicate, Shard
+    stack = placed(local, like, [Shard(before)], shape)
     if local.device.type == 'cpu':  # gloo has no other way, and torch would warn of it
         stack = stack.redistribute(placements=[Replicate()])
     return stack.redistribute(placements=[Shard(after)]).to_local()
 
 
 def norms_of_all(norms, tensor):
-    """(n,) norms of the local parts of tensors such as this one -> those of the whole."""
-    return total(norms.double().square()).sqrt().to(norms.dtype) if is_part(tensor) else norms
+    """(n,) norms of the local parts of tensors such as this one -> those of the whole, on the device that computes."""
+    if not is_part(tensor):
+        return norms
+    squares = norms.to(tensor.device_mesh.device_type).double().square()
+    return total(squares).sqrt().to(norms.dtype)
 
 
 def highest(number):

@@ -40,6 +40,7 @@ class Average:
     @torch.no_grad()
     def update(self, is_good):
         """Take the weights of the model in; is_good: a 0-dim bool on their device, where it is False nothing moves."""
+        is_good = is_good.to(self.n.device)  # which is the host, where the weights lie there
         share = torch.where(self.n > 0, self.share(self.n), 1.0) * is_good
         n, newest = len([*self.model.parameters()]), tensors(self.model)
         shares = {dtype: share.to(dtype) for dtype in {average.dtype for average in self.tensors[:n]}}

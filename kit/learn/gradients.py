@@ -122,7 +122,7 @@ class BadSteps:
 
     def __init__(self, state, model, scaler):
         self.state, self.model, self.scaler = state, model, scaler
-        device = next(model.parameters()).device
+        device = state.bad_steps.device
         self.is_bad = torch.zeros((), dtype=torch.bool, device=device)  # whether the newest one was
         self.norms = torch.zeros(len(list(model.parameters())), device=device)  # of the last bad one's gradients
         self.buffers = []  # of the model, as they were before the newest step

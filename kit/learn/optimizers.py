@@ -159,7 +159,7 @@ def clip(optimizer, parameters, norm, limit, most):
     Scale the gradients down to a norm of limit where theirs, a 0-dim tensor, is above it; then cut each entry to most
     (0: not). On CUDA a fused optimizer does the first as it reads them: no pass over them of its own.
     """
-    if norm.is_cuda and not most and takes_verdict(optimizer, norm.device):
+    if norm.is_cuda and parameters[0].is_cuda and not most and takes_verdict(optimizer, norm.device):
         optimizer.grad_scale = clip_scale(norm, limit)
         return
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
@@ -178,7 +178,7 @@ def step(optimizer, is_good):
     moments nor their step counts move. Fused kernels read it on the device; for other optimizers the host waits for it.
     """
     if takes_verdict(optimizer, is_good.device):
-        optimizer.found_inf = (~is_good).float()
+        optimizer.found_inf = (~is_good).float().to(optimizer.param_groups[0]['params'][0].device)
         optimizer.step()
     elif is_good:
         optimizer.step()
