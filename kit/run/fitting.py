@@ -30,7 +30,8 @@ def total(what, how):
 
 def shown(n):
     """Bytes in words."""
-    return f'{n / 2**30:.1f} GiB' if n >= 2**30 else f'{n / 2**20:.0f} MiB'
+    unit, size = next((unit, size) for unit, size in (('GiB', 2**30), ('MiB', 2**20), ('KiB', 0)) if n >= size)
+    return f'{n / (size or 2**10):.{1 if size == 2**30 else 0}f} {unit}'
 
 
 def explain(rows, what, how, device):
@@ -39,13 +40,17 @@ def explain(rows, what, how, device):
     rows: of a step, over all processes.
     """
     takes, has = total(what, how), devices.free_memory(device)
-    room = OF_FREE * min(has, takes)
     words = f'a step takes about {shown(takes)} by plan, {device} had {shown(has)} free as the run began'
-    if takes <= OF_FREE * has:
-        words += ', so other programs may have taken it, or the plan errs'
-        room /= 1.3
-    ways = '; or '.join(alternatives(what, how, rows, room)) or 'a smaller model, or a device that has more'
-    errors.where_memory_ends = f'{words}; what would fit: {ways}'
+    if takes > OF_FREE * has:
+        ways = alternatives(what, how, rows, OF_FREE * has)
+        words += f'; what would fit: {"; or ".join(ways) or "a smaller model, or a device that has more"}'
+    else:
+        ways = [f'--batch_size={n} --gradient_accumulation_steps={rows // n}'
+                for n in memory.divisors(rows // how.world_size) if n <= how.tokens / what.block_size / 2][:1]
+        ways += [] if how.checkpointing else ['--activation_checkpointing']
+        words += ('; so other programs have taken it, or it takes more than planned'
+                  + (f'; what takes less: {"; or ".join(ways)}' if ways else ''))
+    errors.where_memory_ends = words
 
 
 def alternatives(what, how, rows, room):
@@ -53,21 +58,24 @@ def alternatives(what, how, rows, room):
     Settings, as words of a command line, under which a step of so many rows, over all processes, takes at most room
     bytes: a smaller micro-batch, activation checkpointing, FSDP on more GPUs, the first number of them that does.
     """
-    now, options = how.tokens // what.block_size, [('', how)]
-    if not how.checkpointing:
-        options.append(('--activation_checkpointing', replace(how, checkpointing=True)))
-    if how.device == 'cuda':
-        options += [(f'--parallel=fsdp on {n} GPUs', replace(how, parallel='fsdp', world_size=n))
-                    for n in (2, 4, 8, 16, 32, 64) if n > how.world_size - (not how.is_sharded) and rows % n == 0]
-    ways = []
-    for words, other in options:
-        here = rows // other.world_size
-        n = memory.most_rows(what, other, here, room, most=now)
-        if n and n < min(now, here):
-            words = f'--batch_size={n} --gradient_accumulation_steps={rows // n} {words}'
-        if n and words:
-            ways.append(words.strip())
-        if n and other.world_size > how.world_size:
+    now, ways = how.tokens // what.block_size, []
+    options = [''] if how.checkpointing else ['', '--activation_checkpointing']
+    numbers = [n for n in (2, 4, 8, 16, 32, 64) if n > how.world_size - (not how.is_sharded) and rows % n == 0]
+    for n_devices in [how.world_size, *(numbers if how.device == 'cuda' else [])]:
+        found = []
+        for option in options:
+            other = replace(how, checkpointing=how.checkpointing or bool(option))
+            words = [option]
+            if n_devices in numbers:
+                other = replace(other, parallel='fsdp', world_size=n_devices)
+                words = ['--parallel=fsdp', option, f'on {n_devices} GPUs']
+            n, here = memory.most_rows(what, other, rows // n_devices, room, most=now), rows // n_devices
+            if n and n < min(now, here):
+                words = [f'--batch_size={n} --gradient_accumulation_steps={rows // n}', *words]
+            if n and any(words):
+                found.append(' '.join(filter(None, words)))
+        ways += found
+        if found and n_devices in numbers:
             break
     return ways
 
@@ -80,8 +88,9 @@ def show(s, model, micro_steps, seconds, device, dtype):
     what = memory.sizes(model)
     how = replace(setup(s, s['batch_size'] * s['block_size'], micro_steps, device, dtype), compiled=bool(s['compile']))
     parts, free = memory.of_step(what, how), devices.free_memory(device)
-    print(f'memory of a step, by plan: {shown(sum(parts.values()))} at its peak, '
-          + ', '.join(f'{name} {shown(n)}' for name, n in parts.items() if n >= 2**20)
+    takes = sum(parts.values())
+    print(f'memory of a step, by plan: {shown(takes)} at its peak: '
+          + ', '.join(f'{name} {shown(n)}' for name, n in parts.items() if n >= takes / 200)
           + f'; {device} has {shown(free)} free of {shown(devices.total_memory(device))}')
     print(f'time of a step: about {1000 * seconds:.0f}ms, by the passes above, without the optimizer'
           + (' and the exchange between processes' if how.world_size > 1 else ''))
@@ -94,15 +103,15 @@ def show(s, model, micro_steps, seconds, device, dtype):
             others['both'] = replace(how, parallel='fsdp', checkpointing=True)
     for words, other in others.items():
         longer = memory.flops(what, other) / memory.flops(what, how)
-        print(f'  with {words}: {shown(total(what, other))}, about {1000 * seconds * longer:.0f}ms')
+        print(f'with {words}: {shown(total(what, other))}, about {1000 * seconds * longer:.0f}ms')
 
 
 def find(s, model, raw_model, optimizer, batch, device, dtype):
     """
     Find the most rows of a micro-step that fit the memory, of those by which the rows of a step can be divided, and put
     them into the settings s, with as many micro-steps as keep the rows of a step, and as many batches of an evaluation
-    as keep its rows. Begins with what fits by plan, on a CPU at most CPU_TOKENS tokens, and halves it as long as a pass
-    finds no memory; of several processes all take what fits on each.
+    as keep its rows. Begins with what fits by plan, on a CPU at most CPU_TOKENS tokens, and takes fewer as long as a
+    pass finds no memory; of several processes all take what fits on each.
 
     batch: (x, y, documents), as the settings have them now. Returns (batch_size, eval_iters, micro-steps of this
     process). Raises torch's error where there is no memory for a single row.
@@ -123,7 +132,7 @@ def find(s, model, raw_model, optimizer, batch, device, dtype):
             explain(rows, what, replace(how, tokens=s['block_size'], micro_steps=here), device)
             raise shortage or RuntimeError('another process tried to allocate memory for one row, and found none')
         print(f'batch_size: {n} rows find no memory')
-        n = next(d for d in memory.divisors(here) if d <= n / 2)
+        n = next(d for d in memory.divisors(here) if d < n)
     s['batch_size'], s['gradient_accumulation_steps'] = n, rows // n
     s['eval_iters'] = math.ceil(s['eval_iters'] * before / n)
     print(f'batch_size: {n}, gradient_accumulation_steps: {rows // n}, eval_iters: {s["eval_iters"]} (batch_size = 0: '

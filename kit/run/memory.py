@@ -84,15 +84,11 @@ def of_step(what, how):
 
 def moments_of_step(what, how):
     """The parts at the moments of of_step, in their order."""
-    shards = how.world_size if how.is_sharded else 1
-    at_rest = 0 if how.offload else 1 / shards
+    at_rest = 0 if how.offload else 1 / how.world_size if how.is_sharded else 1  # the share of it that lies here
     gradients = 4 * what.parameters
     # DDP's buckets are there all the time (gradient_as_bucket_view), FSDP adds up whole gradients before it shares them
     before = gradients if how.micro_steps > 1 or how.world_size > 1 and not how.is_sharded else 0
-    if how.micro_steps == 1 or not how.is_sharded:
-        after = gradients * at_rest
-    else:
-        after = gradients
+    after = gradients * (1 if how.is_sharded and how.micro_steps > 1 else at_rest)
     always = {'parameters': 4 * what.parameters * at_rest, 'optimizer': optimizer_bytes(what, how) * at_rest}
     if how.device == 'cpu':  # where a checkpoint is written from a copy
         always['checkpoint copy'] = sum(always.values())
@@ -100,20 +96,19 @@ def moments_of_step(what, how):
     activations, passing = kept(what, how), of_a_block(what, how)
     outside = how.tokens * (8 + how.width) * what.n_embd  # what the embeddings and the last normalization keep
     gathered, reduced = communication(what, how)
-    output_gradient = max(before, 4 * what.output * at_rest)
     copies = 0
     if how.width < 4 and not how.is_sharded:  # autocast's, which the backward pass reads; blocks made again have none
         copies = how.width * (what.output + (0 if how.checkpointing else what.hidden))
     twice = 8 * what.output if what.is_tied else 0  # one matrix has a gradient of each of its two uses, and their sum
-    later = always | {'activations': 0, 'logits': 0, 'communication': gathered + reduced[1], 'workspace': rest}
+    amid = always | {'logits': 0, 'communication': gathered + reduced[0], 'workspace': rest}
+    end = always | {'activations': 0, 'logits': 0, 'communication': gathered + reduced[1], 'workspace': rest}
     return [
         always | {'gradients': before, 'activations': activations + outside + copies, 'logits': logits(what, how),
                   'communication': gathered, 'workspace': rest},
-        always | {'gradients': output_gradient, 'activations': activations + copies + passing, 'logits': 0,
-                  'communication': gathered + reduced[0], 'workspace': rest},
-        later | {'gradients': after, 'activations': passing},
-        later | {'gradients': after + twice},
-        later | {'gradients': after, 'optimizer': always['optimizer'] + scratch(what, how) / shards}]
+        amid | {'gradients': max(before, 4 * what.output * at_rest), 'activations': activations + copies + passing},
+        amid | {'gradients': max(before, 4 * (what.output + what.hidden) * at_rest), 'activations': passing},
+        end | {'gradients': after + twice},
+        end | {'gradients': after, 'optimizer': always['optimizer'] + scratch(what, how) * at_rest}]
 
 
 def optimizer_bytes(what, how):
