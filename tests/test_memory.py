@@ -156,6 +156,14 @@ def test_batch_size_0_keeps_the_rows_of_a_step(hooked, tiny):
     assert '12 rows x 1 micro-steps' in result.out and 'batch_size = 0' not in result.out, result.err
 
 
+@pytest.mark.parametrize('limit', ['fitting.CPU_TOKENS = 64', 'devices.free_memory = lambda device: 1.4 * 2**20'])
+def test_batch_size_0_on_a_cpu(hooked, limit):
+    """No more rows than its caches gain by, and than there is memory for by plan: there no pass would fail."""
+    result = hooked(f'from kit.run import fitting\nfrom kit.base import devices\n{limit}', '--batch_size=0',
+                    '--gradient_accumulation_steps=8', '--max_iters=1')
+    assert 'batch_size: 4, gradient_accumulation_steps: 8, ' in result.out, result.out + result.err
+
+
 def test_batch_size_0_without_memory_for_one_row(hooked, tiny):
     result = hooked(SHORT.format(most=0, first=0, error=OF_A_CPU), '--batch_size=0')
     assert result.status == 1 and result.err.count('\n') == 1 and 'by plan' in result.err

@@ -122,10 +122,12 @@ def find(s, model, raw_model, optimizer, batch, device, dtype):
     most = here if device.type == 'cuda' else max(1, CPU_TOKENS // s['block_size'])
     n = memory.most_rows(what, how, here, OF_FREE * devices.free_memory(device), most) or 1
     n = -ranks.highest(-n)
-    why = 'by plan'
+    why, moments = 'by plan', [tensor for state in optimizer.state.values() for tensor in state.values()]
+    beside = memory.optimizer_bytes(what, replace(how, is_averaged=False))  # an average is there already
+    beside = max(0, beside - sum(tensor.nbytes for tensor in moments if torch.is_tensor(tensor)))
     while not how.is_sharded:  # else a process that finds no memory would leave the others waiting
-        shortage = pass_of(n, here // n, what, how, model, raw_model, optimizer, batch, s['block_size'], device, dtype)
-        if not ranks.highest(bool(shortage)):
+        shortage = shortage_of(n, here // n, beside, s, model, raw_model, batch, device, dtype)
+        if not ranks.highest(int(shortage is not None)):
             why = 'and a pass of so many has found its memory'
             break
         if n == 1:
@@ -140,25 +142,14 @@ def find(s, model, raw_model, optimizer, batch, device, dtype):
     return n, s['eval_iters'], here // n
 
 
-def pass_of(n, micro_steps, what, how, model, raw_model, optimizer, batch, block_size, device, dtype):
+def shortage_of(n, micro_steps, beside, s, model, raw_model, batch, device, dtype):
     """
-    The error for want of memory that a pass over n rows makes, forward and backward, or None. What a step will have
-    beside, the optimizer's moments, lies there as a weight; gradients stay from the first of several micro-steps to the
-    second. Nothing is changed.
+    The error for want of memory that a step over micro-steps of n rows makes, forward and backward, or None; nothing is
+    changed. beside: bytes of what a step will have and is not there yet, the optimizer's moments.
     """
-    buffers, found, weight = [buffer.clone() for buffer in raw_model.buffers()], None, None
-    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    n_bytes = memory.optimizer_bytes(what, replace(how, is_averaged=False))  # an average is there already
-    n_bytes = max(0, n_bytes - sum(tensor.nbytes for tensor in tensors))
+    buffers, found = [buffer.clone() for buffer in raw_model.buffers()], None
     try:
-        weight = torch.empty(n_bytes if device.type == 'cuda' else 0, dtype=torch.uint8, device=device)
-        rows = [tiled(tensor, n, block_size) for tensor in batch]
-        for _ in range(min(2, micro_steps)):
-            ranks.exchange_gradients(model, False)  # with whom? Another process may have found no memory
-            with devices.autocast(device, dtype):
-                _, loss = model(*rows, loss_alone=True)
-            loss.backward()
-        devices.synchronize(device)
+        add_gradients(n, micro_steps, beside, s['block_size'], model, batch, device, dtype)
     except RuntimeError as error:
         if not errors.is_out_of_memory(error):
             raise
@@ -167,9 +158,21 @@ def pass_of(n, micro_steps, what, how, model, raw_model, optimizer, batch, block
     for buffer, before in zip(raw_model.buffers(), buffers):
         buffer.copy_(before)
     if device.type == 'cuda':
-        del weight
         torch.cuda.empty_cache()
     return found
+
+
+def add_gradients(n, micro_steps, beside, block_size, model, batch, device, dtype):
+    """The first micro-steps of a step, two at most: those behind find the same memory as the second."""
+    ballast = torch.empty(beside if device.type == 'cuda' else 0, dtype=torch.uint8, device=device)
+    rows = [tiled(tensor, n, block_size) for tensor in batch]
+    for _ in range(min(2, micro_steps)):
+        ranks.exchange_gradients(model, False)  # another process may have found no memory, and never come
+        with devices.autocast(device, dtype):
+            _, loss = model(*rows, loss_alone=True)
+        loss.backward()
+    devices.synchronize(device)
+    del ballast  # until here it takes its place
 
 
 def tiled(tensor, n, length):
