@@ -11,7 +11,6 @@ import math
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,11 +18,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 
 from kit.base import devices, overrides
 from kit.base.errors import fail
-from kit.learn import optimizers
+from kit.learn import building, optimizers
 from kit.run import fitting, memory, presets
 from model import GPT, GPTConfig
 
@@ -89,12 +87,8 @@ def table():
 
 def measured(here, cfg, n_rows, is_made_again, is_compiled):
     """(bytes at the peak of a step, its seconds) of a model that is trained for some steps here."""
-    with torch.device(here):
-        model = GPT(cfg)
+    model = building.build(GPT, cfg, 'ddp', is_made_again, False, here, dtype)
     by = optimizers.make(optimizer, model, 0.1, 1e-4, (0.9, 0.95), dtype)
-    if is_made_again:
-        for block in model.transformer.h:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if is_compiled:
         model.compile()
     x = torch.randint(cfg.vocab_size, (n_rows, cfg.block_size), device=here)

@@ -19,8 +19,7 @@ def setup(s, tokens, micro_steps, device, dtype):
     """The memory.Setup of a run with the settings s, not yet compiled. tokens: of a micro-step of this process."""
     return memory.Setup(
         tokens, dtype, device.type, s['optimizer'], bool(s['ema_decay'] or s['swa_start']), micro_steps,
-        ranks.world_size, s.get('parallel', 'ddp'), s.get('activation_checkpointing', False),
-        s.get('cpu_offload', False))
+        ranks.world_size, 'fsdp' if ranks.is_sharding else 'ddp', s['activation_checkpointing'], s['cpu_offload'])
 
 
 def total(what, how):
@@ -86,7 +85,8 @@ def show(s, model, micro_steps, seconds, device, dtype):
     seconds: of a step, as measured.
     """
     what = memory.sizes(model)
-    how = replace(setup(s, s['batch_size'] * s['block_size'], micro_steps, device, dtype), compiled=bool(s['compile']))
+    rows = -(-s['batch_size'] * s['gradient_accumulation_steps'] // ranks.world_size // micro_steps)
+    how = replace(setup(s, rows * s['block_size'], micro_steps, device, dtype), compiled=s['compile'])
     parts, free = memory.of_step(what, how), devices.free_memory(device)
     takes = sum(parts.values())
     print(f'memory of a step, by plan: {shown(takes)} at its peak: '
@@ -113,11 +113,11 @@ def find(s, model, raw_model, optimizer, batch, device, dtype):
     as keep its rows. Begins with what fits by plan, on a CPU at most CPU_TOKENS tokens, and takes fewer as long as a
     pass finds no memory; of several processes all take what fits on each.
 
-    batch: (x, y, documents), as the settings have them now. Returns (batch_size, eval_iters, micro-steps of this
+    batch: (x, y, documents), as the settings have them now. Returns (batch_size, eval_iters, micro-steps of a
     process). Raises torch's error where there is no memory for a single row.
     """
     rows, before = s['batch_size'] * s['gradient_accumulation_steps'], s['batch_size']
-    here = ranks.share(rows, 'batch_size x gradient_accumulation_steps')
+    here = rows // ranks.world_size
     what, how = memory.sizes(raw_model), setup(s, 0, 1, device, dtype)
     most = here if device.type == 'cuda' else max(1, CPU_TOKENS // s['block_size'])
     n = memory.most_rows(what, how, here, OF_FREE * devices.free_memory(device), most) or 1

@@ -97,8 +97,9 @@ def moments_of_step(what, how):
     outside = how.tokens * (8 + how.width) * what.n_embd  # what the embeddings and the last normalization keep
     gathered, reduced = communication(what, how)
     copies = 0
-    if how.width < 4 and not how.is_sharded:  # autocast's, which the backward pass reads; blocks made again have none
-        copies = how.width * (what.output + (0 if how.checkpointing else what.hidden))
+    if how.width < 4:  # autocast's, which the backward pass reads; blocks made again, or gathered so, have none
+        has_none = how.checkpointing or how.is_sharded and gathered_width(how) == how.width
+        copies = how.width * (what.output + (0 if has_none else what.hidden))
     twice = 8 * what.output if what.is_tied else 0  # one matrix has a gradient of each of its two uses, and their sum
     amid = always | {'logits': 0, 'communication': gathered + reduced[0], 'workspace': rest}
     end = always | {'activations': 0, 'logits': 0, 'communication': gathered + reduced[1], 'workspace': rest}
@@ -184,14 +185,20 @@ def logits(what, how):
 def communication(what, how):
     """
     Bytes of FSDP's buffers: (gathered parameters, (gradients amid the backward pass, at its end)). A block is gathered
-    while the one before it computes, through a buffer of its own; what is in no block stays gathered from forward to
-    backward; gradients are shared out in float32. DDP's buckets are the gradients.
+    while the one before it computes, through a buffer of its own, on a GPU in the format of the products; what is in no
+    block stays gathered from forward to backward, in float32, in which gradients are shared out. DDP's buckets are the
+    gradients.
     """
     if not how.is_sharded:
         return 0, (0, 0)
     block, root = what.hidden / what.n_layer, what.parameters - what.hidden
-    of_block, of_root = (how.width + 4) * block, (how.width + 4) * root
-    return how.width * (root + 3 * block), (2 * of_block + how.width * what.output, of_root)
+    width = gathered_width(how)
+    return 4 * root + 3 * width * block, (2 * (width + 4) * block + 4 * what.output, 8 * root)
+
+
+def gathered_width(how):
+    """Bytes of a number of a block that FSDP has gathered, see ranks.shard."""
+    return how.width if how.device == 'cuda' else 4
 
 
 def flops(what, how):
@@ -210,14 +217,16 @@ def seconds(what, how, peak, mfu, bandwidth):
 
     With W devices DDP's ring moves 2 (W - 1) / W x 4 bytes a parameter
     through each, once a step, beside the backward pass of the last micro-step, two thirds of it. FSDP gathers the
-    parameters twice a micro-step, in the format of the products, and shares the gradients out once, (W - 1) / W of each
-    (ZeRO stage 3), beside all of the computing. What takes longer than what it is beside is waited for.
+    blocks twice a micro-step, in the format of the products, and the rest once, and shares the gradients out once a
+    step, (W - 1) / W of each (ZeRO stage 3), beside all of the computing. What takes longer than what it is beside is
+    waited for.
     """
     micro_step = flops(what, how) * how.tokens / (peak * mfu)
     computing = how.micro_steps * micro_step
     share = (how.world_size - 1) / how.world_size
     if how.is_sharded:
-        moved = share * what.parameters * (2 * how.width * how.micro_steps + 4)
+        of_micro_step = 2 * gathered_width(how) * what.hidden + 4 * (what.parameters - what.hidden)
+        moved = share * (how.micro_steps * of_micro_step + 4 * what.parameters)
         beside = computing
     else:
         moved = share * what.parameters * 8
