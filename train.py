@@ -20,7 +20,7 @@ import torch
 from kit.base import devices, overrides, ranks, signals
 from kit.data import batches, readers
 from kit.learn import averages, building, gradients, optimizers, schedules
-from kit.run import ending, first_look, nan_hunt, presets, rate_finder, replay, rules, starts, testing
+from kit.run import ending, first_look, fitting, nan_hunt, presets, rate_finder, replay, rules, starts, testing
 from kit.run.clock import Clock
 from kit.run.due import Due
 from kit.run.iter_line import IterLine
@@ -58,7 +58,7 @@ too_long = 'cut'            # cut or drop: padded pairs beyond block_size lose t
 sampling = 'shuffle'        # random, shuffle or sequential: random rows, each once an epoch, or one after the other
 mask_prob = 0.0             # 0 <= x < 1: share of the input tokens that are hidden or replaced; 0 = none, in mlm 0.15
 objective = 'causal'        # causal or mlm: each token from those before it, or hidden ones from both sides, as BERT
-batch_size = 6              # >= 1: rows in a micro-step, at most
+batch_size = 6              # >= 0: rows in a micro-step, at most; 0 = as many as fit, and a step keeps its rows
 gradient_accumulation_steps = 1  # >= 1: so many times batch_size rows are a step, shared out over all processes
 block_size = 256            # >= 1: tokens in a row: how far back the model can look
 # model
@@ -130,6 +130,7 @@ config = overrides.apply(globals(), rules.TRAIN, more_help=presets.help_text(GPT
 
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
 ranks.start(backend, device)
+fits_batch = batch_size == 0  # found once there is a model; until then the number that the 0 has replaced counts
 trains = not (test or eval_only or dry_run or find_lr or inspect_step >= 0)  # else nothing of a run is written
 config, saved, is_resume, past = starts.find(config, trains, GPTConfig, device)  # past: the log of a run to be replayed
 globals().update(config | {'device': device})  # the settings, with those that the checkpoint brings
@@ -309,11 +310,17 @@ if eval_only:
     evaluate()
     ranks.leave()
 batch = get_batch('train', state.step, 0)[:3]
-first_look.show(model, raw_model, batch, meta, device, dtype, dry_run and init_from == 'scratch' and not is_resume)
+if fits_batch:
+    batch_size, eval_iters, micro_steps = fitting.find(config, model, raw_model, optimizer, batch, device, dtype)
+    batch = get_batch('train', state.step, 0)[:3]
+first_look.show(config, model, raw_model, batch, meta, micro_steps, device, dtype,
+                dry_run and init_from == 'scratch' and not is_resume)
 n_steps = rate_finder.STEPS if find_lr else max(0, max_iters - state.step)
 seconds = first_look.choose(config, model, raw_model, batch, micro_steps, n_steps, device, dtype)
 if trains or dry_run:
     first_look.plan(config, state.step, warmup_steps, seconds, steps_per_epoch, data['train'])
+if dry_run:
+    fitting.show(config, raw_model, micro_steps, seconds, device, dtype)
 if debug_nan:  # update calls the new get_batch, by its name
     get_batch, update = nan_hunt.watched(get_batch, update, raw_model, bad_steps, scaler, micro_steps, seed, leave,
                                          device, dtype)

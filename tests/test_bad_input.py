@@ -29,7 +29,7 @@ def one_line(result, named):
     (['config/missing.py'], ['config/missing.py']),
     (['typo.py'], ['typo.py', 'batch_sise', 'batch_size']),
     (['--n_embd=100', '--n_head=6'], ['n_embd = 100', 'n_head = 6', 'multiple']),
-    (['--batch_size=0'], ['batch_size = 0']),
+    (['--batch_size=-1'], ['batch_size = -1', '>= 0']),
     (['--block_size=-1'], ['block_size = -1']),
     (['--n_layer=0'], ['n_layer = 0']),
     (['--max_iters=0'], ['max_iters = 0']),

@@ -286,8 +286,8 @@ CHECKED = {  # script: {what they may be: settings}; a comment that says it no m
     'train.py': {
         '>= 0': 'eval_interval eval_iters log_interval save_interval keep_last n_head threads max_epochs weight_decay '
                 'grad_clip grad_clip_value max_bad_steps swa_start max_minutes early_stop min_delta warmup_iters '
-                'warmup_start_lr lr_decay_iters min_lr',
-        '>= 1': 'batch_size gradient_accumulation_steps block_size n_layer n_embd max_iters',
+                'warmup_start_lr lr_decay_iters min_lr batch_size',
+        '>= 1': 'gradient_accumulation_steps block_size n_layer n_embd max_iters',
         '> 0': 'learning_rate find_lr_start find_lr_end',
         '0 <= x < 1': 'mask_prob dropout beta1 beta2 grad_clip_quantile ema_decay warmup_share',
         '0 <= x < 2**63': 'seed',

@@ -219,8 +219,10 @@ def test_a_launch_that_does_not_train_writes_nothing(train, tiny, setting):
 
 def test_a_look_before_training(train):
     result = train('--dry_run', '--gradient_accumulation_steps=3', '--max_iters=100')
-    for said in ('x (4, 16), y (4, 16)', f'{math.log(27):.4f}', '1.07 epochs', 'GiB of memory',
-                 '4 rows x 3 micro-steps x 16 tokens = 192 tokens', 'in 2 layers of 2 heads', 'of 18,000 tokens'):
+    for said in ('x (4, 16), y (4, 16)', f'{math.log(27):.4f}', '1.07 epochs', 'of memory',
+                 '4 rows x 3 micro-steps x 16 tokens = 192 tokens', 'in 2 layers of 2 heads', 'of 18,000 tokens',
+                 'memory of a step, by plan: ', 'optimizer ', 'activations ', '; cpu has ', 'time of a step: about ',
+                 'with --activation_checkpointing: '):
         assert said in result.out, said
     assert 'WARNING' not in result.out and not losses(result)
     x, y = (eval(line.split('... = ')[1][:-3]) for line in result.out.splitlines() if line.startswith('  '))
@@ -285,7 +287,7 @@ def test_it_runs_from_anywhere(run, tmp_path):
 
 def test_tensorboard_and_matplotlib_wait(tmp_path):
     """A script that stops at its settings has imported neither."""
-    code = (f'import sys, runpy; sys.path[0] = {str(ROOT)!r}; sys.argv = ["train.py", "--batch_size=0"]\n'
+    code = (f'import sys, runpy; sys.path[0] = {str(ROOT)!r}; sys.argv = ["train.py", "--batch_size=-1"]\n'
             'try: runpy.run_path(sys.path[0] + "/train.py")\n'
             'except SystemExit: pass\n'
             'late = "tensorboard", "matplotlib", "transformers", "wandb"\n'

@@ -438,6 +438,13 @@ def total_memory(device):
     return psutil.virtual_memory().total
 
 
+def free_memory(device):
+    """Bytes that this process can have of the device, those that torch keeps included; on a CPU, its share of them."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return psutil.virtual_memory().available // ranks.variable('LOCAL_WORLD_SIZE', 1)
+
+
 def usage(device):
     """
     Memory in GiB, and how busy the machine is, under the names of metrics.jsonl. What cannot be had is left out: a log

@@ -36,6 +36,8 @@ def open_streams():
 
 open_streams()
 
+where_memory_ends = ''  # what tell adds where a device has no more memory: how much a run takes, and what would fit
+
 
 class Failed(SystemExit):
     """The end of a script by fail, which has told why; whatever else exits has not."""
@@ -86,6 +88,11 @@ def shown(value):
     return text if len(text) <= 100 else f'{text[:60]} ... {text[-20:]}'
 
 
+def is_out_of_memory(error):
+    """Whether torch found no memory, on a GPU (torch.OutOfMemoryError) or on a CPU, where it is a RuntimeError."""
+    return type(error).__name__ == 'OutOfMemoryError' or 'tried to allocate' in str(error).lower()
+
+
 def tell(kind, error, trace):
     """
     sys.excepthook of the scripts. Ctrl-C is no fault of theirs, nor is `| head`, which has read enough; and what a disk
@@ -96,10 +103,11 @@ def tell(kind, error, trace):
         print(f'{name}: interrupted', file=sys.stderr)
     elif issubclass(kind, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    elif issubclass(kind, OSError | MemoryError) or 'tried to allocate' in str(error).lower():  # as torch says it
+    elif issubclass(kind, OSError | MemoryError) or is_out_of_memory(error):
         path = f'{error.filename}: ' if getattr(error, 'filename', None) else ''
         mine = [frame for frame in traceback.extract_tb(trace) if Path(frame.filename).is_relative_to(ROOT)]
         place = f' ({Path(mine[-1].filename).name}, line {mine[-1].lineno})' if mine else ''
-        print(f'{name}: {path}{reason(error)}{place}', file=sys.stderr)
+        remedy = f'; {where_memory_ends}' if where_memory_ends and is_out_of_memory(error) else ''
+        print(f'{name}: {path}{reason(error)}{place}{remedy}', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -49,6 +49,7 @@ class Script:
 
 
 given = set()  # names that this command line or one of its config files has set: a resumed run keeps those
+replaced = {}  # name: the number that a 0 there has replaced, where 0 stands for what is found, see kit/run/fitting.py
 running = Script({}, {}, set(), (), [])  # the script that has called apply
 
 
@@ -261,6 +262,8 @@ def names_in(condition):
 
 
 def override(settings, name, value):
+    if value == 0 and settings[name]:
+        replaced[name] = settings[name]
     settings[name] = value
     print(f'Overriding: {name} = {value}')
 

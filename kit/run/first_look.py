@@ -13,6 +13,7 @@ import torch
 from kit.base import devices, ranks
 from kit.base.errors import reason
 from kit.data import tokens
+from kit.run import fitting, memory
 from kit.watch import diagnosis, evaluation
 from kit.watch.journal import duration
 
@@ -24,15 +25,18 @@ ONE_IS_FASTER = 0.9       # of the time with all threads: what one must take, so
 COMPILED_IS_FASTER = 0.95  # of the time without: what compiled code must take, to be kept where nobody asked for it
 
 
-def show(model, raw_model, batch, meta, device, dtype, is_new):
+def show(s, model, raw_model, batch, meta, micro_steps, device, dtype, is_new):
     """
     Show one micro-step, batch = (x, y, documents), (B, T) each, before any training: shapes, a piece of the text, and
-    whether a new model's first loss is that of a fair guess, ln(vocab_size). model is raw_model as it will be trained.
+    whether a new model's first loss is that of a fair guess, ln(vocab_size). s: the settings; model is raw_model as it
+    will be trained. From here on an error for want of memory is explained by the plan.
     """
     (x, y, documents), c = batch, raw_model.config
-    memory = training_memory(raw_model, x.numel(), dtype, device)
+    what, how = memory.sizes(raw_model), fitting.setup(s, x.numel(), micro_steps, device, dtype)
+    takes = sum(memory.of_step(what, how).values())
+    fitting.explain(s['batch_size'] * s['gradient_accumulation_steps'], what, how, device)
     print(f'model: {raw_model.count_params() / 1e6:.2f}M parameters in {c.n_layer} layers of {c.n_head} heads and '
-          f'{c.n_embd} channels; training takes about {memory / 2**30:.2f} GiB of memory beside the program')
+          f'{c.n_embd} channels; training takes about {fitting.shown(takes)} of memory beside the program')
     n_targets = int((y >= 0).sum())
     print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is '
           + ('x moved on by one token' if c.causal else 'what x hides, at its own place')
@@ -54,25 +58,6 @@ def show(model, raw_model, batch, meta, device, dtype, is_new):
     print(f'first loss: {first_loss:.4f}; a fair guess among {c.vocab_size:,} ids would have {guess:.4f}')
     if is_new and not abs(first_loss - guess) < diagnosis.FIRST_LOSS_OFF:
         print('WARNING: a new model should start near a fair guess; look at the initialisation and at the data')
-
-
-def training_memory(model, n_tokens, dtype, device):
-    """
-    Bytes that training takes at its peak, roughly. n_tokens: in a micro-step; dtype: its name.
-
-    16 a parameter: weight, gradient and AdamW's two moments in float32; on a CPU 12 more, for the copy of which a
-    checkpoint is written. For the backward pass a layer keeps 17 values a channel and token (Korthikanti et al. 2022,
-    arXiv:2205.05198, counted for attention that keeps no (T, T) matrix), the two of the residual stream in float32;
-    half as much again is for what the backward pass itself makes. Attention written out keeps five (T, T) matrices a
-    head.
-    """
-    c, size = model.config, 4 if dtype == 'float32' else 2
-    activations = c.n_layer * c.n_embd * (17 * size + (4 - size) * 2) * 1.5
-    if device.type == 'cpu' and (c.dropout or dtype == 'bfloat16' and c.block_size <= model.written_out_to):
-        activations += c.n_layer * c.n_head * c.block_size * 5 * size
-    logits = c.vocab_size * (size + 8)  # and their gradient and softmax in float32
-    a_parameter = 28 if device.type == 'cpu' else 16
-    return a_parameter * model.count_params(non_embedding=False) + n_tokens * (activations + logits)
 
 
 def one_pass(model, raw_model, batch, device, dtype):

@@ -29,11 +29,27 @@ def find(config, trains, GPTConfig, device):
         config, saved, is_resume, past = find_tested(config, GPTConfig, device)
     else:
         config, saved, is_resume, past = find_start(config, trains, GPTConfig, device)
+    if config['batch_size'] == 0:
+        config |= recipe_rows(saved if is_resume else {})
     if config['objective'] == 'mlm' and not config['mask_prob']:
         config['mask_prob'] = 0.15  # as BERT's
     if config['find_lr'] or past and past.series.get('lr'):
         config['lr_by_norm'] = False  # these rates are used as they are
     return config, saved, is_resume, past
+
+
+def recipe_rows(saved):
+    """
+    The settings by which a step has the rows that it has without batch_size = 0, until fitting.find divides them anew:
+    those of the checkpoint that is resumed, else what the 0 has replaced.
+    """
+    names = 'batch_size', 'gradient_accumulation_steps'
+    if all(name in saved.get('config', {}) for name in names):
+        return {name: saved['config'][name] for name in names}
+    if 'batch_size' not in overrides.replaced:
+        overrides.fail('batch_size = 0: it keeps the rows of a step, and no other batch_size says how many those are; '
+                       'leave a number in train.py, and give --batch_size=0 with the command')
+    return {'batch_size': overrides.replaced['batch_size']}
 
 
 def check(config, GPTConfig):
