@@ -236,10 +236,9 @@ def best_val_loss(folder, threads=THREADS):
     path = Path(folder) / 'best.pt'
     try:
         verify(path, threads)
-        best = open_unverified(path)
-        if shards.are_in(best):  # the numbers there were finite, and no rank need hold all of them
-            shards.verify(path, best, threads)
-        elif forms.bad_numbers(best, resume=False):
+        best = open_unverified(path, fetch=lambda small: shards.verify(path, small, threads))
+        # those that went into shards were finite, and no rank need hold all of them
+        if not shards.are_in(best) and forms.bad_numbers(best, resume=False):
             return math.inf
         return best.get('best_val_loss', math.inf)
     except Exception as error:  # torch raises many kinds

@@ -84,12 +84,15 @@ def split(checkpoint):
         tensors, stand_ins = {}, {}
 
         def change(place, tensor, tensors=tensors, stand_ins=stand_ins):
-            mine = here(tensor)
+            mine, name, stand_in = here(tensor), name_of(place), without_numbers(tensor)
+            if stand_in is None:
+                return mine
             same = mine.untyped_storage()._cdata, mine.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-            stand_in, name = stand_ins.get(same), name_of(place)
-            if stand_in is None and name not in tensors and (stand_in := without_numbers(tensor)) is not None:
+            if same not in stand_ins:
+                if name in tensors:  # of another tensor
+                    return mine
                 tensors[name], stand_ins[same] = tensor, stand_in
-            return mine if stand_in is None else stand_in
+            return stand_ins[same]
         small[part] = over_tensors(checkpoint[part], change)
         if tensors:
             parts[part] = tensors
@@ -354,9 +357,10 @@ def open_parts(path, checkpoint, wanted, threads, stack):
 
 
 def verify(path, checkpoint, threads):
-    """Compare all shards of a small checkpoint with what was written. Raises what open_parts raises."""
+    """The same small checkpoint, once all its shards were compared with what was written; see open_parts."""
     with ExitStack() as stack:
         open_parts(path, checkpoint, PARTS, threads, stack)
+    return checkpoint
 
 
 def fill(path, checkpoint, wanted, threads):
