@@ -128,7 +128,7 @@ def write(checkpoint, folder, group=None, parameters=None, first=None):
     from kit.state import dcp
     folder = Path(folder)
 
-    def begin():
+    def check():
         if first:
             first()
         if ranks.is_main:
@@ -138,9 +138,9 @@ def write(checkpoint, folder, group=None, parameters=None, first=None):
                 for part in filter(checkpoint.__contains__, PARTS)}
         if bad := forms.bad_numbers(mine | {'parameters': list(parameters or checkpoint['model'])}):
             raise Damaged(f'{bad} holds numbers that are not finite')
-        return make_folder(folder, checkpoint['iter_num']) if ranks.is_main else ''
 
-    name, *_ = together(begin, group)
+    together(check, group)
+    name, *_ = together(lambda: make_folder(folder, checkpoint['iter_num']) if ranks.is_main else '', group)
     try:
         small, parts = split(checkpoint)
         sums = {}
