@@ -16,7 +16,7 @@ from kit.state import checkpoints, shards
 # settings
 
 checkpoint = ''             # which one; '' = best.pt of checkpoints/, else ckpt.pt
-output = ''                 # not empty: where the new one is written, FILE.pt; what is there is never written over
+output = 'exported.pt'      # not empty: where the new one is written, FILE.pt; what is there is never written over
 sharded = False             # whether that is a small file and a folder of shards, or one file
 
 overrides.apply(globals(), ['output[-3:] == ".pt"  # a name that ends in .pt, such as whole.pt'])

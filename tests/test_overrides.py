@@ -304,6 +304,7 @@ CHECKED = {  # script: {what they may be: settings}; a comment that says it no m
         'auto, raw, ema or swa': 'weights',
         'auto, nccl or gloo': 'backend',
     },
+    'export.py': {'not empty': 'output'},
     'sample.py': {
         '>= 0': 'temperature top_k',
         '1 <= x <= 100_000': 'num_samples',
@@ -505,8 +506,8 @@ def test_the_launch_settings_of_train():
     script = overrides.read_script(ROOT / 'train.py')
     assert list(script.settings)[-len(script.launch):] == [
         'out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'weights', 'inspect_step', 'find_lr',
-        'find_lr_start', 'find_lr_end', 'debug_nan', 'device', 'backend']
-    assert script.launch == set(list(script.settings)[-14:])
+        'find_lr_start', 'find_lr_end', 'debug_nan', 'sharded', 'device', 'backend']
+    assert script.launch == set(list(script.settings)[-15:])
 
 
 @pytest.fixture
