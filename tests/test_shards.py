@@ -139,9 +139,12 @@ def test_export_and_back_bit_for_bit(run, both):
     one, two = both / 'one.pt', both / 'two' / 'ckpt.pt'
     result = run('export.py', '--checkpoint=parts/ckpt.pt', '--output=one.pt')
     assert result.status == 0 and 'wrote one.pt: parts/ckpt.pt, after 10 steps, in one file' in result.out, result.err
+    foreign = two.parent / 'shards_0000001/model/.metadata'  # of a checkpoint that is elsewhere
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text('')
     assert run('export.py', '--checkpoint=one.pt', '--output=two/ckpt.pt', '--sharded').status == 0
     assert equal(read(one), read(both / 'parts/ckpt.pt')) and equal(read(two), read(one))
-    assert folders(two.parent) == ['shards_0000010']
+    assert folders(two.parent) == ['shards_0000001', 'shards_0000010'] and foreign.exists()
     # as nanoGPT reads it
     saved = torch.load(one, map_location='cpu', weights_only=True)
     model = GPT(GPTConfig(**saved['model_args']))

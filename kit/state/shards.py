@@ -131,9 +131,6 @@ def write(checkpoint, folder, group=None, parameters=None, first=None):
     def check():
         if first:
             first()
-        if ranks.is_main:
-            with suppress(OSError):
-                prune(folder)  # what a killed save has left may be what fills the disk
         mine = {part: over_tensors(checkpoint[part], lambda _, tensor: here(tensor))
                 for part in filter(checkpoint.__contains__, PARTS)}
         if bad := forms.bad_numbers(mine | {'parameters': list(parameters or checkpoint['model'])}):
@@ -155,8 +152,9 @@ def write(checkpoint, folder, group=None, parameters=None, first=None):
                 if not os.path.isfile(folder / name / file) or os.path.getsize(folder / name / file) != size:
                     raise Damaged(f'{name}/{file}, which another rank has written, is not to be seen from rank 0: with '
                                   'sharded = True all need one disk')
-            for place in (*(folder / name / part for part in parts), folder / name):
-                files.sync(place)
+            for place in (*(folder / name / part for part in parts), folder / name, folder):
+                if os.name == 'posix':  # a file is on the disk only when its folder is
+                    files.sync(place)
         return small | {'shards': {'folder': name, 'files': all_sums}}
     except BaseException:
         if ranks.is_main:

@@ -84,8 +84,15 @@ class Writer:
 
     def run_sharded(self, checkpoint, names, parameters, first):
         begin = time.perf_counter()
+
+        def prepare():
+            if first:
+                first()
+            if ranks.is_main:
+                with suppress(OSError):
+                    shards.prune(self.folder)  # what a killed save has left may be what fills the disk
         try:
-            small = shards.write(checkpoint, self.folder, self.group, parameters, first)
+            small = shards.write(checkpoint, self.folder, self.group, parameters, prepare)
         except BaseException as error:
             self.fail(checkpoints.failure(error, self.folder))
         else:
