@@ -64,7 +64,7 @@ if (output_name in ('ckpt.pt', 'best.pt') or output_name.startswith('step_')
 newest = found[steps[0]][1]
 chosen = steps if search and n_wanted == 1 else steps[:num_checkpoints]  # the newest first
 model = GPT(GPTConfig(**newest['model_args']))
-checkpoints.fill(model, newest['model'], paths[steps[0]])  # what does not fit model.py is no use to anybody
+checkpoints.fill(model, averaging.weights(found[steps[0]]), paths[steps[0]])  # what does not fit model.py is no use
 parameters = [name for name, _ in model.named_parameters()]
 for step in chosen:
     if difference := checkpoints.first_difference(newest, found[step][1], GPTConfig.FREE):
@@ -132,7 +132,7 @@ print(f'wrote {output}: the {method} average of {len(chosen)} checkpoints, steps
 # what it is worth, beside best.pt and the newest
 
 if evaluate:
-    rows = {output_name: averaged['model'], f'{paths[steps[0]].name} (the newest)': newest['model']}
+    rows = {output_name: averaged['model'], f'{paths[steps[0]].name} (the newest)': averaging.weights(found[steps[0]])}
     try:
         best = checkpoints.read(folder / 'best.pt') if os.path.isfile(folder / 'best.pt') else None
         if best:

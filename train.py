@@ -118,6 +118,7 @@ find_lr = False             # raise the rate step by step, suggest one, and leav
 find_lr_start = 1e-5        # > 0: from this rate
 find_lr_end = 1.0           # > 0: to this one, or to where the loss diverges
 debug_nan = False           # at the first bad number: stop, and say which text, operation or gradient made it
+sharded = False             # checkpoints in shards, each process writes its own, see export.py; for large models
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 backend = 'auto'            # auto, nccl or gloo: between processes
 parallel = 'auto'           # auto, ddp or fsdp: each process holds the model, or a part of it; auto = ddp where it fits
@@ -189,7 +190,7 @@ scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16' and scale_
 state = starts.restore(saved, is_resume, config, meta, raw_model, optimizer, scaler, average, device)
 bad_steps = gradients.BadSteps(state, raw_model, scaler)
 due = Due(config, state, warmup_steps)
-writer = Writer(out_dir, keep_last, save_errors == 'stop')
+writer = Writer(out_dir, keep_last, save_errors == 'stop', sharded)
 saved = None  # its memory is free again
 
 model = ranks.wrap(raw_model, device)
@@ -347,7 +348,7 @@ while True:
     if due.going_back:
         writer.finish()
         starts.go_back(out_dir, state, raw_model, optimizer, scaler, average, journal)
-    writer.wait(block=False)
+    writer.wait(block=False)  # says what there is to say
     due.look(clock.is_up(writer))
 
     # evaluate, save, or leave

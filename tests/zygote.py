@@ -13,6 +13,7 @@ import sys
 import numpy  # noqa: F401
 import tiktoken  # noqa: F401
 import torch._dynamo  # noqa: F401
+import torch.distributed.checkpoint  # noqa: F401
 import tqdm  # noqa: F401
 
 

@@ -55,6 +55,15 @@ def write_whole(path, data):
             part.unlink(missing_ok=True)
 
 
+def sync(path):
+    """What was written to a file, or renamed in a folder, is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def lock(folder, waiting=''):
     """
     An open file that holds the lock on a folder until it is closed or the process ends, however it ends. None where

@@ -293,14 +293,25 @@ def from_main(find):
     return told[0]
 
 
-def from_all(thing):
-    """What each of the processes gives here, as a list on all of them."""
+def from_all(thing, group=None):
+    """What each of the processes gives here, as a list on all of them. group: of a thread, see group_of_a_thread."""
     if world_size == 1:
         return [thing]
     import torch.distributed as dist
     things = [None] * world_size
-    dist.all_gather_object(things, thing, group=between_hosts)
+    dist.all_gather_object(things, thing, group=group or between_hosts)
     return things
+
+
+def group_of_a_thread():
+    """
+    A group of all processes for what a thread of each says to the others while their main threads go on; None for one
+    process alone. All of them call it at the same place.
+    """
+    if world_size == 1:
+        return None
+    import torch.distributed as dist
+    return dist.new_group(backend='gloo', timeout=GLOO_TIMEOUT)
 
 
 def leave(status=0):

@@ -10,7 +10,7 @@ import torch
 from kit.base import ranks, signals
 from kit.base.errors import reason
 from kit.run.due import BAD_STEPS
-from kit.state import checkpoints
+from kit.state import checkpoints, shards
 from kit.watch import diagnosis, samples
 
 AVERAGED = 5  # checkpoints that checkpoint_averaging.py takes where it is not told how many
@@ -26,7 +26,8 @@ def finish(due, clock, s, model, data, meta, journal, device, dtype):
         show_how_to_go_on(due.end, step, out_dir)
         return signals.status(due.end)
     signals.obey()
-    journal.show('checkpoints', out_dir)  # not where a signal came: who sends it waits for some seconds only
+    # not where a signal came: who sends it waits for some seconds only
+    journal.show('checkpoints', out_dir, lambda: {path: shards.folders_in(path) for path in shards.files_of(out_dir)})
     if due.end == BAD_STEPS:
         print(stopped_by_bad_numbers(step, int(due.state.bad_steps[0]), s['learning_rate'], dtype))
         return 1

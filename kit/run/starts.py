@@ -204,8 +204,8 @@ def reads_another(saved, config, meta):
 def begin(config, model, data, tokens_per_step, warmup_steps, state, is_resume, journal):
     """Make the folder of a run its own, and write into it from here on. data: the Rows of train."""
     out_dir = config['out_dir']
-    others = [f'{name} = {config[name]}' for name, its in (('architecture', 'gpt2'), ('optimizer', 'adamw'))
-              if config[name] != its]
+    others = [f'{name} = {config[name]}' for name, its in (
+        ('architecture', 'gpt2'), ('optimizer', 'adamw'), ('sharded', False)) if config[name] != its]
     if others and not is_resume:
         print(f'nanoGPT cannot read the checkpoints of this run: {", ".join(others)}')
     facts = {'vocab_size': model.config.vocab_size, 'parameters': model.count_params(),

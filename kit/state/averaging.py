@@ -9,7 +9,7 @@ import torch
 
 from kit.base.errors import fail
 from kit.learn.model_state import is_finite
-from kit.state import checkpoints
+from kit.state import checkpoints, shards
 
 
 def different_steps(folder, pattern):
@@ -47,6 +47,7 @@ def mean(opened, shares, parameters=None):
     The weighted mean of the raw weights of checkpoints, {name: tensor}; the shares add up to 1. opened: (path,
     checkpoint, sums) of each, as different_steps gives them. Each file is read once, a piece at a time, summed in
     float64 and compared with its checksums on the way: the memory taken is that of the result, however many there are.
+    Where some are in shards, which were compared before, a tensor at a time: the memory of the largest comes to that.
     Raises checkpoints.Damaged, and ValueError where one of the parameters (names; None: all) is not finite; a buffer,
     such as a mask, may be infinite.
     """
@@ -54,19 +55,46 @@ def mean(opened, shares, parameters=None):
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib computes without Python's lock, beside the sums
         for name in opened[0][1]['model']:
             tensors = [checkpoint['model'][name] for _, checkpoint, _ in opened]
-            place = tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors)
+            place = tuple((sums.names[name] if tensor.is_meta else tensor.data_ptr(), tensor.shape)
+                          for tensor, (_, _, sums) in zip(tensors, opened))
             if place not in by_place:  # the output layer is the token embedding: one tensor under two names
                 checks += [pool.submit(checkpoints.check_tensor, path, tensor, sums)
-                           for tensor, (path, _, sums) in zip(tensors, opened)]
-                by_place[place] = weighted_sum(tensors, shares)
+                           for tensor, (path, _, sums) in zip(tensors, opened) if not isinstance(sums, shards.Part)]
+                is_in_files = not any(tensor.is_meta for tensor in tensors)
+                by_place[place] = weighted_sum(tensors, shares) if is_in_files else (
+                    sum_in_turn((weights(one, [name])[name] for one in opened), shares))
             result[name] = by_place[place]
         for check in checks:
             check.result()
     for name in parameters or result:
         if not is_finite(result[name]):
-            bad = [path for path, one, _ in opened if not is_finite(one['model'][name])]
+            bad = [one[0] for one in opened if not is_finite(weights(one, [name])[name])]
             raise ValueError(f'{bad[0] if bad else "the mean"}: {name} holds numbers that are not finite')
     return result
+
+
+def weights(opened, names=None):
+    """
+    The raw weights of (path, checkpoint, sums), {name: tensor}, as they are in its file, or read from its shards.
+    names: of those that are wanted, None: all. Raises whatever torch raises.
+    """
+    _, checkpoint, sums = opened
+    found = {name: checkpoint['model'][name] for name in names or checkpoint['model']}
+    in_shards = {name: sums.names[name] for name, tensor in found.items() if tensor.is_meta}
+    read = sums.read({*in_shards.values()}) if in_shards else {}
+    return found | {name: read[key] for name, key in in_shards.items()}
+
+
+def sum_in_turn(tensors, shares):
+    """weighted_sum of tensors that come one after the other, so that one at a time is in memory."""
+    total = None
+    for tensor, share in zip(tensors, shares):
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            return tensor.clone()
+        if total is None:
+            total = torch.zeros(tensor.shape, dtype=torch.complex128 if tensor.is_complex() else torch.float64)
+        total.add_(tensor, alpha=share)
+    return total.to(tensor.dtype)
 
 
 def weighted_sum(tensors, shares, piece=1 << 18):

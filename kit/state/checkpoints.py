@@ -5,7 +5,6 @@ A checkpoint is a dict of plain types and tensors as torch.save writes it: a zip
 checksum. torch itself does not look at those.
 """
 
-import errno
 import math
 import os
 import pickle
@@ -17,7 +16,7 @@ import textwrap
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,21 +27,10 @@ from kit.base import errors, files, ranks
 from kit.base.errors import fail
 from kit.data.tokens import is_same_tokenizer
 from kit.learn import model_state, optimizer_state
-from kit.state import folders, forms
+from kit.state import folders, forms, shards
+from kit.state.forms import Damaged, Gone, Unreadable, is_no_damage
 
 THREADS = min(8, os.cpu_count() or 1)  # that read a file side by side
-
-
-class Damaged(Exception):
-    """A file that will not do as a checkpoint, other bytes than were written, none of ours, or gone: which, and why."""
-
-
-class Unreadable(Damaged):
-    """A file that cannot be read now, for reasons that lie outside it: rights, memory."""
-
-
-class Gone(Damaged):
-    """A file that was there a moment ago: a run deletes what is past its keep_last."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +44,8 @@ def save(checkpoint, folder, names, stop_on_error=False, parameters=None):
     are checked, then it is renamed: a name always holds a whole file, the old one or the new one, whenever the power
     goes. A best.pt that is better, or whose loss is a number where the new one is none, stays. Weights, averages and
     moments must be finite; of the model that holds for its parameters, by their names (None: all its tensors), while a
-    buffer, such as a mask, may be infinite. The names are saved too, so that a reader can see the same.
+    buffer, such as a mask, may be infinite. The names are saved too, so that a reader can see the same. A small
+    checkpoint, see shards.py, has had its tensors looked at by who has written them.
 
     Returns whether it was saved. Where it could not be, the older checkpoints are untouched, and one line says why:
     a run is worth more than one checkpoint. With stop_on_error it ends the script.
@@ -76,7 +65,7 @@ def write(checkpoint, folder, names, parameters=None, tell=print, threads=THREAD
             'it is better, or cannot be read' if math.isfinite(loss) else 'the new val loss is no number'))
     checkpoint = checkpoint | {'parameters': list(parameters or checkpoint['model'])}
     try:
-        if bad := forms.bad_numbers(checkpoint):
+        if not shards.are_in(checkpoint) and (bad := forms.bad_numbers(checkpoint)):
             raise Damaged(f'{bad} holds numbers that are not finite')
         if not folder.exists():
             tell(f'WARNING: {folder} is gone; it is made again')
@@ -93,10 +82,10 @@ def write(checkpoint, folder, names, parameters=None, tell=print, threads=THREAD
                 os.link(part, link)
             except OSError:  # a file system without hard links
                 shutil.copyfile(part, link)
-                sync(link)
+                files.sync(link)
             os.replace(link, folder / name)
         if os.name == 'posix':  # a rename is on the disk only when its folder is
-            sync(folder)
+            files.sync(folder)
     except Exception as error:  # torch.save raises a RuntimeError on a full disk; and no save is worth a run
         return failure(error, folder)
     finally:
@@ -132,15 +121,6 @@ def why(error, folder):
     return words
 
 
-def sync(path):
-    """What was written to a file, or renamed in a folder, is on the disk when this returns."""
-    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def interval_checkpoints(folder):
     """{step: path} of the step_0002000.pt in a folder, in their order."""
     found = {int(path.stem[5:]): path for path in Path(folder).glob('step_*.pt') if path.stem[5:].isdecimal()}
@@ -148,12 +128,19 @@ def interval_checkpoints(folder):
 
 
 def prune(folder, keep_last, tell=print):
-    """Delete all but the newest keep_last interval checkpoints; 0 keeps them all. What cannot be is told."""
+    """
+    Delete all but the newest keep_last interval checkpoints, 0 keeps them all, and shards of no checkpoint. What cannot
+    be is told.
+    """
     for path in list(interval_checkpoints(folder).values())[:-keep_last or None] if keep_last else []:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
             tell(f'WARNING: {path} is past keep_last and could not be deleted ({error.strerror})')
+    try:
+        shards.prune(folder)
+    except OSError as error:
+        tell(f'WARNING: {folder}: shards of no checkpoint could not be deleted ({error.filename}: {error.strerror})')
 
 
 def move_later_aside(folder, step, best_too=False):
@@ -249,15 +236,18 @@ def best_val_loss(folder, threads=THREADS):
     path = Path(folder) / 'best.pt'
     try:
         verify(path, threads)
-        best = open_unverified(path)
-        return math.inf if forms.bad_numbers(best, resume=False) else best.get('best_val_loss', math.inf)
+        best = open_unverified(path, fetch=lambda small: shards.verify(path, small, threads))
+        # those that went into shards were finite, and no rank need hold all of them
+        if not shards.are_in(best) and forms.bad_numbers(best, resume=False):
+            return math.inf
+        return best.get('best_val_loss', math.inf)
     except Exception as error:  # torch raises many kinds
         is_there = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
         return -math.inf if is_there or is_no_damage(error) else math.inf  # it cannot be judged now, and so it stays
 
 
 def peek(path):
-    """A checkpoint with its tensors still on the disk and not verified; {} where it cannot be read."""
+    """A checkpoint with its tensors still on the disk, or in shards, and not verified; {} where it cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             forms.check_archive(archive)
@@ -278,7 +268,9 @@ def load(path, resume=False):
     the one that model.py makes is seen in config_of and fill.
     """
     if os.path.isdir(path):
-        fail(f'{path} is a folder and no checkpoint; name a file in it, such as {Path(path) / "best.pt"}')
+        owner = shards.belonging(path)
+        fail(f'{path} holds the shards of {owner}; name that' if owner else
+             f'{path} is a folder and no checkpoint; name a file in it, such as {Path(path) / "best.pt"}')
     if not os.path.isfile(path):
         fail(f'{path}: there is no such checkpoint')
     try:
@@ -291,7 +283,8 @@ def read(path, resume=False):
     """load, raising Damaged."""
     def look():
         verify(path)
-        checkpoint = open_unverified(path, resume)
+        checkpoint = open_unverified(path, resume, lambda small: shards.fill(
+            path, small, shards.PARTS if resume else forms.WEIGHTS, THREADS))
         if bad := forms.bad_numbers(checkpoint, resume):
             raise forms.Unfit(f'holds numbers that are not finite: {bad}')
         return checkpoint
@@ -340,18 +333,15 @@ def damaged(path, error):
     return Damaged(f'{path} {forms.foreign(reason)}')
 
 
-def open_unverified(path, resume=False):
-    """The checkpoint, raising whatever torch and forms raise."""
+def open_unverified(path, resume=False, fetch=None):
+    """
+    The checkpoint, raising whatever torch and forms raise. Tensors that are in shards stay there, unless fetch(small)
+    makes another checkpoint of it.
+    """
     is_utf8 = str(path).encode(errors='replace').decode() == str(path)  # torch maps no file of another name
-    is_mapped = is_utf8 and (not resume or ranks.is_sharding)  # of a model in parts no process is to hold all of it
-    return forms.checked(torch.load(path, map_location='cpu', weights_only=True, mmap=is_mapped), resume)
-
-
-def is_no_damage(error):
-    """Whether a file could not be read for reasons that lie outside it: rights, memory, too many open files."""
-    outside = errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE
-    return (isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in outside
-            or 'allocate memory' in str(error))
+    is_mapped = is_utf8 and (not resume or ranks.world_size > 1)  # of a model in parts no process is to hold all of it
+    found = torch.load(path, map_location='cpu', weights_only=True, mmap=is_mapped)
+    return forms.checked(fetch(found) if fetch and shards.are_in(found) else found, resume)
 
 
 def verify(path, threads=THREADS):
@@ -392,6 +382,7 @@ def open_lazily(path):
     """
     (checkpoint, sums) with the tensors still on the disk and not verified: check_tensor does that with the sums, once
     they are used. All else in the file is verified. It stays open, and so whole, when a run deletes it. Raises Damaged.
+    Of one with shards (checkpoint, Part): its model, verified, is read from there, and all others stay where they are.
     """
     def look():
         check_is_archive(path)
@@ -402,7 +393,13 @@ def open_lazily(path):
                     if '/data/' not in info.filename:
                         entry.read()
             sums = {(info.file_size, info.CRC) for info in archive.infolist()}
-        return open_unverified(path), sums
+        parts = {}
+
+        def open_model(small):
+            parts.update(shards.open_parts(path, small, ['model'], THREADS, ExitStack()))
+            return small
+        checkpoint = open_unverified(path, fetch=open_model)
+        return checkpoint, parts.get('model', sums)
     return from_one_file(path, look)
 
 

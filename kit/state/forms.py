@@ -3,6 +3,7 @@ What a file that should be a checkpoint is: one of flatGPT's or nanoGPT's, of th
 take from it and finite in its numbers, or something else, which is named.
 """
 
+import errno
 import math
 import re
 
@@ -21,8 +22,27 @@ class Unfit(Exception):
     """Why a whole file will not do, as what is said of it: '... holds weights alone'."""
 
 
+class Damaged(Exception):
+    """A file that will not do as a checkpoint, other bytes than were written, none of ours, or gone: which, and why."""
+
+
+class Unreadable(Damaged):
+    """A file that cannot be read now, for reasons that lie outside it: rights, memory."""
+
+
+class Gone(Damaged):
+    """A file that was there a moment ago: a run deletes what is past its keep_last."""
+
+
 def foreign(words):
     return Unfit(f'is no checkpoint of flatGPT or nanoGPT ({words})')
+
+
+def is_no_damage(error):
+    """Whether a file could not be read for reasons that lie outside it: rights, memory, too many open files."""
+    outside = errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE
+    return (isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in outside
+            or 'allocate memory' in str(error))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,20 +172,20 @@ def checked(checkpoint, resume):
         checkpoint['best_val_loss'] = math.inf
     for key in WEIGHTS:
         if key in checkpoint:
-            checkpoint[key] = plain_names(checked_weights(checkpoint[key], key))
+            checkpoint[key] = plain_names(checked_weights(checkpoint[key], key, 'shards' in checkpoint))
             if resume and key != 'model' and not checkpoint.get('n_averaged'):
                 raise foreign(f'it has {key} and no n_averaged, which says of how many updates')
     return checkpoint
 
 
-def checked_weights(state, key):
-    """{name: tensor}, of which each has its numbers here. Raises Unfit."""
+def checked_weights(state, key, in_shards):
+    """{name: tensor}, of which each has its numbers here, or in shards. Raises Unfit."""
     if not is_dict(state):
         raise foreign(f'its {key} is of type {type(state).__name__}, and no {{name: tensor}}')
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise foreign(f'in its {key} {name} is of type {type(value).__name__}, and no tensor')
-        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        if value.layout != torch.strided or value.is_meta and not in_shards or value.is_quantized:
             raise foreign(f'in its {key} {name} is a sparse tensor, a quantized one, or one without numbers')
     return {name: value.detach() for name, value in state.items()}
 

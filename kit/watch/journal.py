@@ -407,13 +407,16 @@ class WandB:
     def model(self, model):
         self.run.watch(model, log='all', log_freq=self.settings['log_interval'] or 1000)
 
-    def checkpoints(self, folder):
+    def checkpoints(self, folder, shards_of):
+        """shards_of: {path: the names of the folders beside a checkpoint that belong to it}."""
         names = {'none': [], 'best': ['best.pt'], 'all': ['best.pt', 'ckpt.pt']}[self.settings['wandb_checkpoints']]
         paths = [path for name in names if (path := Path(folder) / name).is_file() and not path.is_symlink()]
         if paths:
             artifact = self.wandb.Artifact(f'checkpoints-{self.run.id}', type='model')
             for path in paths:
                 artifact.add_file(str(path))
+                for name in shards_of[path]:
+                    artifact.add_dir(str(path.parent / name), name=name)
             self.run.log_artifact(artifact)
 
     def close(self):
