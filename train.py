@@ -119,6 +119,7 @@ find_lr_end = 1.0           # > 0: to this one, or to where the loss diverges
 debug_nan = False           # at the first bad number: stop, and say which text, operation or gradient made it
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 backend = 'auto'            # auto, nccl or gloo: between processes
+timeout = 30.0              # 0 < x <= 1e6: minutes that the processes wait within a step for one that hangs
 
 config = overrides.apply(globals(), rules.TRAIN, more_help=presets.help_text(GPTConfig))
 
@@ -126,7 +127,7 @@ config = overrides.apply(globals(), rules.TRAIN, more_help=presets.help_text(GPT
 # where we start from: nothing, a checkpoint, or OpenAI's weights; those bring the settings of their model along
 
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
-ranks.start(backend, device)
+ranks.start(backend, device, timeout, lambda: starts.about(config))
 trains = not (test or eval_only or dry_run or find_lr or inspect_step >= 0)  # else nothing of a run is written
 config, saved, is_resume, past = starts.find(config, trains, GPTConfig, device)  # past: the log of a run to be replayed
 globals().update(config | {'device': device})  # the settings, with those that the checkpoint brings
@@ -359,6 +360,8 @@ while True:
         with averages.smoothed(average):
             inside.show(journal, state.step, raw_model, data['val'], meta, device, due.is_last)
         clock.took('evaluation', n=0)
+    if due.save or due.evaluation:
+        ranks.wait()  # for rank 0's disk and pictures, however long they take; a step has a time limit
     if due.end:
         break
     max_iters = config['max_iters'] = due.fit(clock)  # with max_minutes another, from the end of the warmup on
