@@ -159,6 +159,8 @@ def tell_lost(store, rank, world_size, how, minutes):
     """
     others = [other for other in range(world_size) if other != rank]
     try:
+        at = store.underlying_store  # torch would say with a page of its own that nobody is there
+        socket.create_connection((at.host, at.port), timeout=ANSWER).close()
         store.set(f'waited/{rank}', how)
         people = {other: json.loads(store.get(f'here/{other}')) for other in range(world_size)}
         begin, silent, dead = time.monotonic(), others, []
@@ -168,13 +170,16 @@ def tell_lost(store, rank, world_size, how, minutes):
             time.sleep(0.1)
         answered = [other for other in range(world_size) if other not in silent]
         is_timeout = b'timeout' in [store.get(f'waited/{other}') for other in answered]
-    except RuntimeError:  # the store is rank 0's, where no torchrun has one
+        store.set(f'knows/{rank}', '')
+    except (OSError, RuntimeError):  # the store is rank 0's, where no torchrun has one
         silent, dead, answered, people, is_timeout = [0], [], [rank], {}, False
     if rank == min(answered):
         message = words_on_lost(dead or silent, people, bool(dead), is_timeout, minutes)
         print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr, flush=True)
     else:
         time.sleep(LATER)
+    if rank == 0:  # which may hold the store
+        wait_for(store, [f'knows/{other}' for other in answered], LATER)
 
 
 def words_on_lost(ranks, people, is_dead, is_timeout, minutes):
