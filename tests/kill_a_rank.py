@@ -29,7 +29,8 @@ from kit.state import checkpoints
 def torchrun(folder, *words):
     """train.py as two processes: those that torchrun starts, and starts again."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3',
-               str(TESTS.parent / 'train.py'), *SETTINGS, '--gradient_accumulation_steps=2', *words]
+               str(TESTS.parent / 'train.py'), *SETTINGS, '--gradient_accumulation_steps=2',
+               '--architecture=modern,ngram_embeddings=64', *words]
     with open(folder / 'out', 'w') as out, open(folder / 'err', 'w') as err:
         return subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
 
@@ -115,7 +116,7 @@ def rounds_of(folder, rounds, steps, seed, sharded):
 
 if __name__ == '__main__':
     rounds = 10
-    steps = 400
+    steps = 200
     seed = 0
     sharded = False
     overrides.apply(globals(), ['rounds >= 1', 'steps >= 1'])

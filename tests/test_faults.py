@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
 
 # in step 3 of the rank that the environment names
 IN_STEP_3 = ('import os, signal, time\nfrom kit.base import peers\nfrom kit.data import batches\n'
-             'peers.ANSWER, peers.LATER, sound = 2, 0.5, batches.torch_seed\n'
+             'peers.ANSWER, peers.LATER, sound = 1, 0.5, batches.torch_seed\n'
              'def torch_seed(seed, step, rank):\n'
              '    if step == 3 and str(rank) == os.environ.get("WHO"):\n'
              '        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # after 30 seconds torchrun would kill it\n'
@@ -74,7 +74,7 @@ def test_one_that_hangs_is_named(several, tiny, n, who, with_store):
     assert f'rank {who} (host ' in one_line(result)
     assert f'process {pid}) has not answered for 0.05 minutes' in result.err
     assert f'py-spy dump --pid {pid}' in result.err and '--log-dir' in result.err
-    assert list(losses(result)) == [0, 1, 2][:3 if who else 2]  # the newest line comes later
+    assert list(losses(result))[:2] == [0, 1] and 3 not in losses(result), result.out
 
 
 @pytest.mark.parametrize('who, with_store', [(1, True), (2, False)])
@@ -95,11 +95,11 @@ def test_rank_0_may_take_longer_than_a_step(several, what):
     """For its disk and its pictures, with all others waiting."""
     code = ('import os, time\nfrom kit.state import checkpoints\nfrom kit.watch import inside\n'
             'from kit.state.writer import Writer\nwrite, show = Writer.write, inside.show\n'
-            'def slow_write(*args, **kwargs):\n    time.sleep(4)\n    write(*args, **kwargs)\n'
-            'def slow_show(*args):\n    time.sleep(4 * (os.environ["RANK"] == "0"))\n    show(*args)\n'
+            'def slow_write(*args, **kwargs):\n    time.sleep(2.5)\n    write(*args, **kwargs)\n'
+            'def slow_show(*args):\n    time.sleep(2.5 * (os.environ["RANK"] == "0"))\n    show(*args)\n'
             + {'write': 'Writer.write = slow_write\n', 'show': 'inside.show = slow_show\n'}[what])
-    result = several(2, '--timeout=0.05', '--max_iters=2', '--eval_interval=1', '--save_interval=0',
-                     '--always_save_checkpoint=False', code=code)
+    when = {'write': ['--eval_interval=0', '--save_interval=1'], 'show': ['--eval_interval=1', '--save_interval=0']}
+    result = several(2, '--timeout=0.03', '--max_iters=2', *when[what], code=code)
     assert result.status == 0 and list(losses(result)) == [0, 1], result.err
 
 
@@ -241,7 +241,43 @@ def test_an_earlier_run_is_not_taken_for_that_of_this_launch(train, tiny):
     assert 'moved to checkpoints.3' in again.out and launches()['launches'][-1]['torchrun'] is None
 
 
-def test_a_rank_that_is_killed_under_torchrun():
+FAULTS = """
+import glob, os, signal, time
+from kit.data import batches
+_attempt, sound, fsync = int(os.environ['TORCHELASTIC_RESTART_COUNT']), batches.torch_seed, os.fsync
+def torch_seed(seed, step, rank):
+    if (_attempt, rank, step) == (0, 1, 7):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if (_attempt, rank, step) == (2, 1, 8):
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(1)
+    return sound(seed, step, rank)
+def killed_in_a_save(handle):
+    if _attempt == 1 and glob.glob('cut/.*.pt.part'):
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(handle)
+batches.torch_seed, os.fsync = torch_seed, killed_in_a_save
+"""
+
+
+def test_torchrun_restarts_and_is_told_to_stop(several, tiny):
+    """Rank 1 is killed in a step, rank 0 in a save, and then torchrun gets a SIGTERM, as Slurm sends it."""
+    args = '--max_iters=15', '--dropout=0.1', '--gradient_accumulation_steps=2'
+    assert several(2, *args, '--out_dir=whole').status == 0
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3',
+               hooked_script(tiny, FAULTS), '--dataset=tiny', *small_run(*args, '--out_dir=cut')]
+    done = subprocess.run(command, cwd=tiny, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'},
+                          timeout=120)
+    assert done.returncode != 0 and 'SIGTERM: stopped after 9 steps; this goes on as if' in done.stdout, done.stderr
+    assert done.stdout.count('init_from: resume (torchrun has started the processes again') == 2
+    assert done.stdout.count('checkpoint: cut/ckpt.pt, after 5 steps') == 2, done.stdout
+    assert done.stderr.count('has ended, and the run cannot go on') == 2 and 'gloo' not in done.stderr, done.stderr
+    assert several(2, *args, '--init_from=resume', '--out_dir=cut').status == 0
+    assert same(*(torch.load(tiny / run / 'ckpt.pt', weights_only=True) for run in ('whole', 'cut')))
+
+
+@pytest.mark.long
+def test_a_rank_that_is_killed_at_random():
     """tests/kill_a_rank.py does many rounds."""
     command = [sys.executable, ROOT / 'tests/kill_a_rank.py', '--rounds=1', '--steps=120']
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

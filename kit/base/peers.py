@@ -207,9 +207,9 @@ def agent():
     since 1970]; None where there is none. Whatever stands between the two has torchrun's variables, as this process.
     """
     import psutil
-    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+    parents = psutil.Process().parents() if 'TORCHELASTIC_RUN_ID' in os.environ else []
+    if not parents:
         return None
-    parents = psutil.Process().parents()
     found = parents[0]
     with suppress(psutil.Error):
         found = next(parent for parent in parents if 'TORCHELASTIC_RUN_ID' not in parent.environ())
