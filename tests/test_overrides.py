@@ -303,6 +303,7 @@ CHECKED = {  # script: {what they may be: settings}; a comment that says it no m
         'auto, float32, bfloat16 or float16': 'dtype',
         'auto, raw, ema or swa': 'weights',
         'auto, nccl or gloo': 'backend',
+        '0 < x <= 1e6': 'timeout',
     },
     'sample.py': {
         '>= 0': 'temperature top_k',
@@ -505,7 +506,7 @@ def test_the_launch_settings_of_train():
     script = overrides.read_script(ROOT / 'train.py')
     assert list(script.settings)[-len(script.launch):] == [
         'out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'weights', 'inspect_step', 'find_lr',
-        'find_lr_start', 'find_lr_end', 'debug_nan', 'device', 'backend']
+        'find_lr_start', 'find_lr_end', 'debug_nan', 'device', 'backend', 'timeout']
     assert script.launch == set(list(script.settings)[-14:])
 
 
