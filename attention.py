@@ -21,6 +21,20 @@ WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 WRITTEN_OUT_TO = 256  # tokens in a row: attention in bfloat16 on a CPU, see attend
 
 
+def rope(positions, D):
+    """RoPE (Su et al. 2021, arXiv:2104.09864): what turns x (B, H, T, D), whose positions are (T,) or (B, T)."""
+    angles = positions[..., None] * 10000 ** -torch.arange(0, 1, 2 / D, device=positions.device)
+    cos, sin = angles.cos(), angles.sin()  # (T, D/2)
+    turn = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])  # (2, T, D)
+    return turn if positions.dim() == 1 else turn[:, :, None]
+
+
+def rotate(x, turn):
+    """Channels i and i + D/2 of x (B, H, T, D) are a pair."""
+    cos, sin = turn.type_as(x)
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+
+
 def inside_documents(documents, causal, is_sparse):
     """
     Who may look at whom where several documents share a row: those of the same number in documents (B, T), and with

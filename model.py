@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
 
-from attention import WITHOUT_CUDNN, WRITTEN_OUT_TO, Dropout, attend, attention_weights, inside_documents
+from attention import WITHOUT_CUDNN, WRITTEN_OUT_TO, Dropout, attend, attention_weights, inside_documents, rope, rotate
 
 HASH = 0x1E3779B97F4A7C15, 0x42B2AE3D27D4EB4F, 0x165667B19E3779F9  # odd factors: of an id, and of those before it
 BACK = len(HASH) - 1  # how many n-grams look at
@@ -87,20 +87,6 @@ class GPTConfig:
                 if f.name in NANOGPT or getattr(self, f.name) != f.default}
 
 
-def rotation(positions, D):
-    """RoPE (Su et al. 2021, arXiv:2104.09864): what turns x (B, H, T, D), whose positions are (T,) or (B, T)."""
-    angles = positions[..., None] * 10000 ** -torch.arange(0, 1, 2 / D, device=positions.device)
-    cos, sin = angles.cos(), angles.sin()  # (T, D/2)
-    turn = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])  # (2, T, D)
-    return turn if positions.dim() == 1 else turn[:, :, None]
-
-
-def rotated(x, turn):
-    """Channels i and i + D/2 of x (B, H, T, D) are a pair."""
-    cos, sin = turn.type_as(x)
-    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
-
-
 class CausalSelfAttention(nn.Module):
     """Every token looks at itself and at those before it (Vaswani et al. 2017, arXiv:1706.03762)."""
 
@@ -114,7 +100,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, turn=None, cache=None, mask=None):
-        """x: (B, T, C); turn: see rotation; mask: see attention_weights."""
+        """x: (B, T, C); turn: see rope; mask: see attention_weights."""
         B, T, C = x.shape
         q, k, v = self.heads(x, turn)  # (B, H, T, C/H)
         if cache is not None:
@@ -133,7 +119,7 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm:  # Dehghani et al. 2023, arXiv:2302.05442
             qk = F.layer_norm(qk, qk.shape[-1:])
         if turn is not None:
-            qk = rotated(qk, turn)
+            qk = rotate(qk, turn)
         return *qk.chunk(2, dim=1), v
 
     def weights(self, x, turn=None, cache=None, mask=None):
@@ -231,14 +217,19 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight
 
         for name, p in self.named_parameters():
-            if name == 'transformer.ngrams.weight':
-                nn.init.zeros_(p)
-            elif p.dim() >= 2:
-                # 2 n_layer projections add up in the residual stream; GPT-2 starts them smaller by the root of that
-                scale = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
-                nn.init.normal_(p, mean=0.0, std=0.02 / scale)
-            elif name.endswith('.bias'):
-                nn.init.zeros_(p)  # LayerNorm's gains are ones already
+            self.initialize(name, p)
+
+    @torch.no_grad()
+    def initialize(self, name, p):
+        """Fill a parameter as it begins, where that is not how torch's module has made it."""
+        if name == 'transformer.ngrams.weight':
+            p.zero_()
+        elif p.dim() >= 2:
+            # 2 n_layer projections add up in the residual stream; GPT-2 starts them smaller by the root of that
+            scale = math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 1.0
+            p.normal_(mean=0.0, std=0.02 / scale)
+        elif name.endswith('.bias'):
+            p.zero_()  # LayerNorm's gains are ones already
 
     def forward(self, idx, targets=None, documents=None, loss_alone=False):
         """
@@ -278,7 +269,7 @@ class GPT(nn.Module):
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
         x, turn = self.transformer.wte(idx), None
         if self.config.position == 'rope':
-            turn = rotation(positions, self.config.n_embd // self.config.n_head)
+            turn = rope(positions, self.config.n_embd // self.config.n_head)
         else:
             x = x + self.transformer.wpe(positions)
         if self.config.ngram_embeddings:
@@ -401,6 +392,10 @@ class GPT(nn.Module):
         lookups = {module.weight for module in self.modules() if isinstance(module, nn.Embedding)}
         n = sum(p.numel() for p in self.parameters() if p not in lookups - {self.lm_head.weight})
         return 6 * n + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+    def blocks(self):
+        """The modules that stand in a row and are alike: what memory is saved by, one at a time."""
+        return [*self.transformer.h]
 
     def hidden_matrices(self):
         """The matrices in the blocks, as Muon moves them; embeddings and the output layer are none."""

@@ -19,7 +19,7 @@ import torch
 
 from kit.base import devices, overrides, ranks, signals
 from kit.data import batches, readers
-from kit.learn import averages, gradients, optimizers, schedules
+from kit.learn import averages, building, gradients, optimizers, schedules
 from kit.run import ending, first_look, nan_hunt, presets, rate_finder, replay, rules, starts, testing
 from kit.run.clock import Clock
 from kit.run.due import Due
@@ -58,8 +58,8 @@ too_long = 'cut'            # cut or drop: padded pairs beyond block_size lose t
 sampling = 'shuffle'        # random, shuffle or sequential: random rows, each once an epoch, or one after the other
 mask_prob = 0.0             # 0 <= x < 1: share of the input tokens that are hidden or replaced; 0 = none, in mlm 0.15
 objective = 'causal'        # causal or mlm: each token from those before it, or hidden ones from both sides, as BERT
-batch_size = 6              # >= 1: rows in a micro-step
-gradient_accumulation_steps = 1  # >= 1: micro-steps in a step, counted over all processes
+batch_size = 6              # >= 1: rows in a micro-step, at most
+gradient_accumulation_steps = 1  # >= 1: so many times batch_size rows are a step, shared out over all processes
 block_size = 256            # >= 1: tokens in a row: how far back the model can look
 # model
 architecture = 'modern'     # gpt2 or modern, and deviations by name, as modern,mlp=swiglu; --help has the names
@@ -100,6 +100,7 @@ lr_by_norm = False          # lower it while the gradient norm spikes, or stays 
 dtype = 'auto'              # auto, float32, bfloat16 or float16
 scale_loss = True           # in float16, whose small gradients would be 0
 seed = 1337                 # 0 <= x < 2**63: of the first weights, the batches and dropout
+activation_checkpointing = False  # a block's activations are made again when needed: less memory, a third more time
 deterministic = False       # the same numbers each time on a GPU too, as on a CPU; slower
 threads = 0                 # >= 0: of a CPU; 0 = all, or one where that is faster, as on a busy machine
 compile = None              # torch.compile: True, False, None = where it pays
@@ -120,6 +121,8 @@ debug_nan = False           # at the first bad number: stop, and say which text,
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 backend = 'auto'            # auto, nccl or gloo: between processes
 timeout = 30.0              # 0 < x <= 1e6: minutes that the processes wait within a step for one that hangs
+parallel = 'auto'           # auto, ddp or fsdp: each process holds the model, or a part of it; auto = ddp where it fits
+cpu_offload = False         # fsdp: parameters, gradients and moments lie in the memory of the host; slow
 
 config = overrides.apply(globals(), rules.TRAIN, more_help=presets.help_text(GPTConfig))
 
@@ -136,8 +139,8 @@ if deterministic:
 devices.set_threads(threads)
 dtype = config['dtype'] = devices.choose_dtype(dtype, device, test or eval_only, n_embd, batch_size * block_size,
                                                bool(saved))  # the name that auto stood for goes into checkpoints
-micro_steps = ranks.share(gradient_accumulation_steps, 'gradient_accumulation_steps')  # of this process
 rows_per_step = batch_size * gradient_accumulation_steps
+micro_steps = ranks.share(rows_per_step, batch_size)  # of this process, each of batch_size rows at most
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data: the rows of a step are a function of (seed, step), however it is cut into micro-steps and processes
@@ -154,14 +157,13 @@ clock = Clock(max_minutes, device)
 @clock.data  # its time is data_ms
 def get_batch(split, step, micro_step):
     """
-    One micro-step of this process: x, y and documents, each (batch_size, T). y is what should come after x, -1 where
+    One micro-step of this process: x, y and documents, each (rows, T). y is what should come after x, -1 where
     nothing is to be learned; documents is None where attention may look at the whole row. And parts, by which its mean
     loss is divided so that each target of the step counts the same: the targets of the step / those here / processes.
     """
     # all rows of the step, of which this is a slice; rewinds: how often the run went back, each time other text comes
     rows, noise, n_targets = data[split].of_step(rows_per_step, seed, step, sampling, state.rewinds)
-    first = (micro_step * ranks.world_size + ranks.rank) * batch_size
-    mine = slice(first, first + batch_size)
+    mine = ranks.rows_of(rows_per_step, micro_steps, micro_step)
     rows, noise = rows[mine], noise if noise is None else noise[mine]
     tokens = data[split].read(rows)  # (batch_size, T + 1)
     x, y = tokens[:, :-1], tokens[:, 1:]  # y is x moved on by one
@@ -179,8 +181,7 @@ if test:
 
 model_config = starts.model_config(saved, meta, config, GPTConfig)  # the settings that are fields of GPTConfig
 batches.seed_all(seed)
-raw_model = GPT(model_config)
-raw_model.to(device)
+raw_model = building.build(GPT, model_config, parallel, activation_checkpointing, cpu_offload, device, dtype)
 parameters = list(raw_model.parameters())
 average = averages.running(raw_model, ema_decay, swa_start)
 optimizer = optimizers.make(optimizer, raw_model, weight_decay, learning_rate, (beta1, beta2), dtype)
@@ -231,8 +232,6 @@ def save(names):
     journal.catch_up()
     due.saved(writer.wait())
     due.saving()
-    if not ranks.is_main:
-        return
     journal.read()  # after a kill the records up to here could not be made again: they come to the disk first
     print(f'saving checkpoint to {out_dir} ({", ".join(names)})')
     writer.write({
@@ -342,7 +341,7 @@ while True:
     if due.going_back:
         writer.finish()
         starts.go_back(out_dir, state, raw_model, optimizer, scaler, average, journal)
-    due.saved(writer.wait(block=False))
+    writer.wait(block=False)
     due.look(clock.is_up(writer))
 
     # evaluate, save, or leave
@@ -376,7 +375,7 @@ while True:
     journal.update(state.step, figures)
     if due.line:
         iter_line.take(state.step, figures, norms, weights_before)
-    if due.evaluation:
+    if due.evaluation and not ranks.is_sharding:
         journal.show('histograms', state.step, lambda: gradients.values(raw_model))
         clock.took('step', n=0)
     state.step += 1

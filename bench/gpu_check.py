@@ -558,14 +558,17 @@ def ranks(row):
     """Two processes on one GPU, over gloo, against one; and nccl alone, with its gloo group."""
     words = ['--max_iters=12', '--eval_interval=6', '--gradient_accumulation_steps=2', '--dtype=float32']
     nccl = None if cpu else POOL.submit(alone, nccl_and_gloo)
+    part = POOL.submit(alone, in_one_part)
     single = POOL.submit(train, 'single', *words, hook=without_tf32)
-    kinds = {'pair': [], 'pair_compiled': COMPILED, 'pair_packed': [*PACKED, *COMPILED]}
+    kinds = {'pair': [], 'pair_in_parts': ['--parallel=fsdp'], 'pair_compiled': COMPILED,
+             'pair_packed': [*PACKED, *COMPILED]}
     jobs = {name: POOL.submit(pair, name, *words, *more) for name, more in kinds.items() if not cpu or name == 'pair'}
     single.result()
     for name, job in jobs.items():
         statuses, gap, is_other = job.result(), apart('single', name), name == 'pair_packed'
         row(name, f'status {statuses}, {gap:.1e} nats apart', statuses == [0, 0] and (is_other or gap < 2e-3),
             'it sees other rows' if is_other else 'below 2e-3')
+    row('FSDP in one part, on the GPU and on its host', part.result(), part.result().startswith('near'), 'near')
     if nccl:
         row('nccl with a device, beside it a group of gloo', nccl.result(), nccl.result() == '')
 
@@ -579,6 +582,47 @@ def pair(name, *words):
     processes = {f'{name}_{rank}': launch(f'{name}_{rank}', *words, '--backend=gloo', f'--out_dir={name}',
                                           hook=without_tf32, env=env | {'RANK': str(rank)}) for rank in range(2)}
     return [finish(own, process)[0] for own, process in processes.items()]
+
+
+def in_one_part(cpu):
+    """FSDP over one process, which train.py refuses: its policy for bfloat16, parts on the host, Muon, whole copies."""
+    import os
+
+    import torch
+    import torch.distributed as dist
+
+    from kit.base import devices, ranks
+    from kit.learn import averages, building, gradients, optimizers
+    from model import GPT, GPTConfig
+    os.environ |= {'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29912'}
+    device = torch.device('cpu' if cpu else 'cuda:0')
+    dist.init_process_group('gloo' if cpu else 'nccl', device_id=None if cpu else device)
+    ranks.choose_parallel = lambda *_: None
+    config = GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=256, vocab_size=512, **GPTConfig.PRESETS['modern'])
+    idx, found = torch.randint(512, (8, 256), device=device), {}
+    for what, is_sharding, offload in ('whole', False, False), ('part', True, False), ('host', True, not cpu):
+        ranks.is_sharding = is_sharding
+        torch.manual_seed(0)
+        model = building.build(GPT, config, 'fsdp', True, offload, device, 'bfloat16')
+        parameters, average = [*model.parameters()], averages.running(model, 0.9, 0)
+        optimizer = optimizers.make('muon:0.01', model, 0.1, 1e-3, (0.9, 0.95), 'bfloat16')
+        for _ in range(10):
+            optimizer.zero_grad()
+            with devices.autocast(device, 'bfloat16'):
+                loss = model(idx, idx, loss_alone=True)[1]
+            loss.backward()
+            norms = gradients.norms(parameters)
+            norm = torch.linalg.vector_norm(norms)
+            is_good = torch.isfinite(loss) & torch.isfinite(norm)
+            optimizers.clip(optimizer, parameters, norm, 1.0, 0.0)
+            optimizers.step(optimizer, is_good)
+            average.update(is_good)
+        found[what] = [loss.item(), norm.item(), *(ranks.whole(p.detach()).norm().item() for p in parameters[:3])]
+        assert all(p.device.type == ('cpu' if offload else device.type) for p in parameters)
+    far = {what: max(abs(a / b - 1) for a, b in zip(found[what], found['whole'])) for what in ('part', 'host')}
+    print('far' if max(far.values()) > 0.02 else 'near', {what: f'{value:.1e}' for what, value in far.items()})
+    dist.destroy_process_group()
+    os._exit(0)
 
 
 def nccl_and_gloo(cpu):

@@ -176,9 +176,9 @@ def hooked_script(folder, code, name='train.py'):
     return script
 
 
-def torchrun(folder, *args, script=ROOT / 'train.py'):
-    """train.py as two processes."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+def torchrun(folder, *args, script=ROOT / 'train.py', n=2):
+    """train.py as n processes."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
                str(script), '--dataset=tiny', *small_run(*args)]
     env = os.environ | {'OMP_NUM_THREADS': '1'}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
@@ -188,19 +188,20 @@ def torchrun(folder, *args, script=ROOT / 'train.py'):
 @pytest.fixture
 def pair(zygote, tiny):
     """
-    pair('--max_iters=3') -> Result: what torchrun() does, in a second instead of ten. The zygote runs both, in the
-    environment that torchrun gives to its workers. What is about torchrun itself, or how it ends them, goes through it.
+    pair('--max_iters=3') -> Result: what torchrun() does, in a second instead of ten, with n processes. The zygote runs
+    them, in the environment that torchrun gives to its workers. What is about torchrun itself, or how it ends them,
+    goes through it.
     """
-    def launch(*args, script=ROOT / 'train.py'):
+    def launch(*args, script=ROOT / 'train.py', n=2):
         if not hasattr(os, 'fork'):
-            return torchrun(tiny, *args, script=script)
+            return torchrun(tiny, *args, script=script, n=n)
         from torch.distributed import TCPStore
         store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)  # where they meet; any free port
-        env = os.environ | {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(store.port),
+        env = os.environ | {'WORLD_SIZE': str(n), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(store.port),
                             'TORCHELASTIC_USE_AGENT_STORE': 'True'}
-        envs = [env | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(2)]
+        envs = [env | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(n)]
         result = launch_all(zygote, tiny, str(script), ['--dataset=tiny', *small_run(*args)], tiny, envs)
-        assert 'processes: 2 ' in result.out, result.err
+        assert f'processes: {n} ' in result.out, result.err
         return result
     return launch
 

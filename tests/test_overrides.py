@@ -304,6 +304,7 @@ CHECKED = {  # script: {what they may be: settings}; a comment that says it no m
         'auto, raw, ema or swa': 'weights',
         'auto, nccl or gloo': 'backend',
         '0 < x <= 1e6': 'timeout',
+        'auto, ddp or fsdp': 'parallel',
     },
     'sample.py': {
         '>= 0': 'temperature top_k',
@@ -506,8 +507,8 @@ def test_the_launch_settings_of_train():
     script = overrides.read_script(ROOT / 'train.py')
     assert list(script.settings)[-len(script.launch):] == [
         'out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'weights', 'inspect_step', 'find_lr',
-        'find_lr_start', 'find_lr_end', 'debug_nan', 'device', 'backend', 'timeout']
-    assert script.launch == set(list(script.settings)[-14:])
+        'find_lr_start', 'find_lr_end', 'debug_nan', 'device', 'backend', 'timeout', 'parallel', 'cpu_offload']
+    assert script.launch == set(list(script.settings)[-17:])
 
 
 @pytest.fixture

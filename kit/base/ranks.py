@@ -6,6 +6,7 @@ $ torchrun --standalone --nproc_per_node=4 train.py
 One process alone is rank 0 of 1, and nothing here imports torch.distributed for it.
 """
 
+import math
 import os
 import platform
 import sys
@@ -37,8 +38,11 @@ is_main = rank == 0
 PATIENCE = timedelta(hours=12)
 LAST_WRITE = 60.0  # seconds that a checkpoint on its way to the disk has to arrive there, where a process was lost
 
+MOST_OF_A_DEVICE = 0.6  # for the model with gradients and moments; the rest is for activations
+
 between_hosts = None  # the group of gloo's that is so patient
 in_step = None        # one that is not; None = the default group, which is gloo's then
+is_sharding = False   # whether each process holds a part of the model, see choose_parallel
 
 
 def cores():
@@ -115,25 +119,43 @@ def wait():
         dist.barrier(group=between_hosts)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the work: rows of a step, and the gradients
+
+
 def wrap(model, device):
-    """The model with its gradients averaged over the processes (DDP). FSDP would belong here too."""
-    if world_size == 1:
+    """The model with its gradients averaged over the processes: DDP, or as it is where shard() has seen to that."""
+    if world_size == 1 or is_sharding:
         return model
     from torch.nn.parallel import DistributedDataParallel
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
                                    gradient_as_bucket_view=True)  # one copy of the gradients less in memory
 
 
-def share(n, name):
-    """n things over all processes: how many are this one's. name: of the setting that counts them."""
-    if n % world_size:
-        fail(f'{name} = {n}: it counts over all processes and must be a multiple of their number, {world_size}')
-    return n // world_size
+def share(n_rows, batch_size):
+    """How many micro-steps of at most batch_size rows each process makes of the n_rows of a step."""
+    if n_rows % world_size:
+        fits = [n for n in range(1, n_rows + 1) if n_rows % n == 0]
+        near = [max(n for n in fits if n < world_size), *(n for n in fits if n > world_size)][:2]
+        fail(f'the {n_rows} rows of a step (batch_size x gradient_accumulation_steps) cannot be shared out evenly over '
+             f'{world_size} processes; {" or ".join(map(str, near))} can share them, or '
+             f'{max(1, round(n_rows / world_size)) * world_size} rows are shared by these')
+    return -(-n_rows // world_size // batch_size)
+
+
+def rows_of(n_rows, micro_steps, micro_step):
+    """The slice of the n_rows of a step that this process reads in a micro-step; all read equally many in each."""
+    mine = n_rows // world_size
+    begin, end = mine * micro_step // micro_steps, mine * (micro_step + 1) // micro_steps
+    first = begin * world_size + rank * (end - begin)
+    return slice(first, first + end - begin)
 
 
 def exchange_gradients(model, now):
-    """Whether the next backward pass of a wrapped model averages the gradients over the processes."""
-    if world_size > 1:
+    """Whether the next backward pass of a model that wrap() gave averages the gradients over the processes."""
+    if is_sharding:
+        model.set_requires_gradient_sync(now)
+    elif world_size > 1:
         model.require_backward_grad_sync = now
 
 
@@ -143,6 +165,144 @@ def total(tensor):
         import torch.distributed as dist
         dist.all_reduce(tensor)
     return tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a model in parts: FSDP2 (Zhao et al. 2023, arXiv:2304.11277), whose parameters, gradients and moments are DTensors. Of
+# each the first dimension is cut as torch.chunk does it; what lies here is its local part, maybe nothing
+
+
+def choose_parallel(name, needed, total):
+    """
+    auto, ddp (each process holds the whole model) or fsdp (each holds a part). needed, total: bytes that the model
+    takes with its gradients and moments, and that a device has.
+    """
+    global is_sharding
+    if name == 'fsdp' and world_size == 1:
+        fail("parallel = 'fsdp': it shares a model out over several processes, and this is one alone; start them with "
+             'torchrun, or leave --parallel out')
+    if world_size == 1:
+        return
+    reason = 'as asked'
+    if name == 'auto':
+        name = 'fsdp' if needed > MOST_OF_A_DEVICE * total else 'ddp'
+        reason = (f'the model with gradients and moments takes {needed / 2**30:.3g} GiB, a device has '
+                  f'{total / 2**30:.3g}')
+    is_sharding = name == 'fsdp'
+    print(f'parallel: {name} ({reason})')
+
+
+def shard(model, blocks, device, dtype, cpu_offload):
+    """
+    Share a model on the meta device out, in place: from here on each process holds a part of each parameter, which has
+    no numbers yet. The parts of a block are gathered when it comes to work, and left again. dtype: of the run, on a GPU
+    they are gathered in it, where autocast would bring the same matrices to it.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    if scalars := [name for name, p in model.named_parameters() if p.dim() == 0]:
+        fail(f"parallel = 'fsdp': a parameter needs a dimension, and {scalars[0]} has none; give it the shape (1,), or "
+             'take --parallel=ddp')
+    how = {'mesh': init_device_mesh(device.type, (world_size,))}
+    if cpu_offload:
+        how['offload_policy'] = CPUOffloadPolicy()
+    is_cast = device.type == 'cuda' and dtype != 'float32'  # a CPU's layer_norm takes no gains in another format
+    policy = MixedPrecisionPolicy()
+    if is_cast:
+        policy = MixedPrecisionPolicy(getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mp_policy=policy, **how)
+    fully_shard(model, **how)  # what is outside of the blocks is read in float32: there the stream begins and ends
+    for method in 'prefill', 'decode':
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)  # it is called as forward is
+    model.to_empty(device='cpu' if cpu_offload else device)
+
+
+def reshard(model):
+    """Leave what a pass without a backward pass has gathered."""
+    if is_sharding and hasattr(model, 'reshard'):
+        model.reshard()
+
+
+def is_part(tensor):
+    """Whether this process holds a part of a tensor alone."""
+    return hasattr(tensor, 'full_tensor')
+
+
+def local(tensor):
+    """What of a tensor lies here."""
+    return tensor.to_local() if is_part(tensor) else tensor
+
+
+def whole(tensor):
+    """All of a tensor, on the device that computes. All processes call this together."""
+    if not is_part(tensor):
+        return tensor
+    return placed(at_work(tensor), tensor, tensor.placements, tensor.shape).full_tensor()
+
+
+def at_work(tensor):
+    """The local part of a tensor on the device that computes, where it may lie in the memory of the host."""
+    return local(tensor).to(tensor.device_mesh.device_type)
+
+
+def placed(local, like, placements, shape):
+    """A tensor of a shape in parts over the processes of another; local: the part that lies here."""
+    from torch.distributed.tensor import DTensor
+    stride = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
+    return DTensor.from_local(local.contiguous(), like.device_mesh, placements, shape=shape, stride=stride)
+
+
+def gather(tree):
+    """Take part in whole() for all tensors in nested dicts and lists, once for each that lies here."""
+    from torch.utils._pytree import tree_leaves
+    seen = set()
+    for leaf in filter(is_part, tree_leaves(tree)):
+        place = local(leaf).untyped_storage()._cdata
+        if place not in seen:
+            whole(leaf)
+            seen.add(place)
+
+
+def like(value, tensor):
+    """A whole tensor, which each process has, as one in parts where the other tensor is that."""
+    if not is_part(tensor) or is_part(value):
+        return value
+    parts = value.chunk(world_size)
+    mine = parts[rank] if rank < len(parts) else value[:0]
+    return placed(mine.to(tensor.device), tensor, tensor.placements, tensor.shape)
+
+
+def whole_matrices(parts, like):
+    """
+    (n, rows here, columns), the local parts of n matrices such as one -> (n here, rows, columns), some of them whole,
+    on the device that computes.
+    """
+    return recut(parts.to(like.device_mesh.device_type), like, (len(parts), *like.shape), 1, 0)
+
+
+def parts_of_matrices(matrices, like, n):
+    """The way back from whole_matrices."""
+    return recut(matrices, like, (n, *like.shape), 0, 1).to(like.device)
+
+
+def recut(local, like, shape, before, after):
+    """What lies here of a stack (n, rows, columns) cut in one dimension -> what does when it is cut in another."""
+    from torch.distributed.tensor import Replicate, Shard
+    stack = placed(local, like, [Shard(before)], shape)
+    if local.device.type == 'cpu':  # gloo has no other way, and torch would warn of it
+        stack = stack.redistribute(placements=[Replicate()])
+    return stack.redistribute(placements=[Shard(after)]).to_local()
+
+
+def norms_of_all(norms, tensor):
+    """(n,) norms of the local parts of tensors such as this one -> those of the whole, on the device that computes."""
+    if not is_part(tensor):
+        return norms
+    squares = norms.to(tensor.device_mesh.device_type).double().square()
+    return total(squares).sqrt().to(norms.dtype)
 
 
 def highest(number):

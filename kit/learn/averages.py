@@ -1,10 +1,10 @@
 """A running average of the weights beside the training: EMA or SWA."""
 
 from contextlib import contextmanager
-from copy import deepcopy
 
 import torch
 
+from kit.base import ranks
 from kit.base.errors import explained
 from kit.learn import model_state
 
@@ -29,23 +29,25 @@ class Average:
     whether a step was good, is known on the device alone.
 
     kind: 'ema' or 'swa'; n: the updates so far, a 0-dim int64; share(n): the weight of the newest, once there were n.
-    module: a copy of the model that holds the averages and never runs, see smoothed.
+    tensors: the averages, in the order of tensors(model), whose parameters come first.
     """
 
     def __init__(self, model, kind, share):
         self.model, self.kind, self.share = model, kind, share
-        self.module = deepcopy(model).requires_grad_(False)
+        self.tensors = [tensor.clone() for tensor in tensors(model)]
         self.n = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
 
     @torch.no_grad()
     def update(self, is_good):
         """Take the weights of the model in; is_good: a 0-dim bool on their device, where it is False nothing moves."""
+        is_good = is_good.to(self.n.device)  # which is the host, where the weights lie there
         share = torch.where(self.n > 0, self.share(self.n), 1.0) * is_good
-        averages, weights = [*self.module.parameters()], [*self.model.parameters()]
-        shares = {dtype: share.to(dtype) for dtype in {average.dtype for average in averages}}
-        torch._foreach_lerp_(averages, weights, [shares[average.dtype] for average in averages])
-        for average, newest in zip(self.module.buffers(), self.model.buffers()):
-            average.copy_(torch.where(is_good, newest, average))
+        n, newest = len([*self.model.parameters()]), tensors(self.model)
+        shares = {dtype: share.to(dtype) for dtype in {average.dtype for average in self.tensors[:n]}}
+        torch._foreach_lerp_(*([ranks.local(tensor) for tensor in each[:n]] for each in (self.tensors, newest)),
+                             [shares[average.dtype] for average in self.tensors[:n]])
+        for average, buffer in zip(self.tensors[n:], newest[n:]):
+            average.copy_(torch.where(is_good, buffer, average))
         self.n += is_good
 
 
@@ -59,7 +61,7 @@ def smoothed(average):
         yield ''
         return
     model, kept = tensors(average.model), [tensor.clone() for tensor in tensors(average.model)]
-    copy(tensors(average.module), model)
+    copy(average.tensors, model)
     try:
         yield average.kind
     finally:
@@ -79,13 +81,20 @@ def state(average):
     """What a checkpoint keeps of a running average; nothing before its first update."""
     if average is None or not average.n:
         return {}
-    return {average.kind: average.module.state_dict(), 'n_averaged': int(average.n)}
+    model = average.model
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    averages = {id(own): mean for own, mean in zip((*model.parameters(), *model.buffers()), average.tensors)}
+    weights = {name: averages.get(id(named.get(name)), value) for name, value in model.state_dict().items()}
+    return {average.kind: weights, 'n_averaged': int(average.n)}
 
 
 def restore(average, saved):
     """Go on with the average of a checkpoint; where it has none of this kind, begin at its weights."""
     if average is not None:
         key = average.kind if average.kind in saved else 'model'
+        model, kept = average.model, [tensor.clone() for tensor in tensors(average.model)]
         with explained(f'the {key} of the checkpoint does not fit', 'take the weights alone: --init_from=FILE.pt'):
-            model_state.load(average.module, saved[key])
+            model_state.load(model, saved[key])
+        copy(tensors(model), average.tensors)
+        copy(kept, tensors(model))
         average.n.fill_(saved['n_averaged'] if key == average.kind else 0)

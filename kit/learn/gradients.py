@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from kit.base import ranks
 from kit.learn.schedules import FEWEST_NORMS
 
 RECENT = 100  # norms by which the next ones are judged
@@ -16,8 +17,9 @@ SAMPLE = 1 << 15  # values of a parameter that stand for all of it where an esti
 def norms(parameters):
     """(n,) norms of the gradients of parameters, 0 where one has none; one fused pass, as clip_grad_norm_'s."""
     nothing = torch.zeros((), device=parameters[0].device)
-    found = iter(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
-    return torch.stack([nothing if p.grad is None else next(found) for p in parameters])
+    found = iter(torch._foreach_norm([ranks.local(p.grad) for p in parameters if p.grad is not None]))
+    found = torch.stack([nothing if p.grad is None else next(found) for p in parameters])
+    return ranks.norms_of_all(found, parameters[0])
 
 
 def clip_limit(recent, grad_clip, quantile):
@@ -48,7 +50,7 @@ def layers(names):
 
 def sample(model):
     """Some weights of each parameter, evenly spread and at most SAMPLE: copies, to be compared after an update."""
-    return [spread(p.detach()).clone() for p in model.parameters()]
+    return [spread(ranks.local(p.detach())).clone() for p in model.parameters()]
 
 
 def spread(tensor):
@@ -58,10 +60,13 @@ def spread(tensor):
 def moves(model, norms, before):
     """
     (n, 3) of an update, a row a parameter: the norm of its gradient, of the update, of the weight before it. norms: of
-    the parameters' gradients, before: a sample of the weights as they were.
+    the parameters' gradients, before: a sample of the weights as they were, by which the latter two are estimated.
     """
-    moved = torch._foreach_norm(torch._foreach_sub([spread(p.detach()) for p in model.parameters()], before))
-    return torch.stack([norms, torch.stack(moved), torch.stack(torch._foreach_norm(before))], dim=1)
+    parts = [ranks.local(p.detach()) for p in model.parameters()]
+    shares = [math.sqrt(part.numel() / max(1, len(some))) for part, some in zip(parts, before)]
+    moved = torch._foreach_sub([spread(part) for part in parts], before)
+    found = [torch.stack(torch._foreach_mul(torch._foreach_norm(each), shares)) for each in (moved, before)]
+    return torch.stack([norms, *(ranks.norms_of_all(each, next(model.parameters())) for each in found)], dim=1)
 
 
 def by_layer(model, rows):
@@ -70,11 +75,10 @@ def by_layer(model, rows):
     an update, but for weights that were all 0; rows: its moves, on the host.
     """
     names, sums = layers(name for name, _ in model.named_parameters()), {}  # of squares
-    for (name, p), (gradient, move, size) in zip(model.named_parameters(), rows.tolist(), strict=True):
-        share = p.numel() / max(1, spread(p).numel())
+    for (name, _), norms in zip(model.named_parameters(), rows.tolist(), strict=True):
         of_layer = sums.setdefault(names[name], [0.0, 0.0, 0.0])
-        for i, square in enumerate((gradient**2, share * move**2, share * size**2)):
-            of_layer[i] += square
+        for i, norm in enumerate(norms):
+            of_layer[i] += norm**2
     return ({f'grad_norm/{name}': math.sqrt(gradient) for name, (gradient, _, _) in sums.items()}
             | {f'update_ratio/{name}': math.sqrt(move / size) for name, (_, move, size) in sums.items() if size})
 
@@ -118,7 +122,7 @@ class BadSteps:
 
     def __init__(self, state, model, scaler):
         self.state, self.model, self.scaler = state, model, scaler
-        device = next(model.parameters()).device
+        device = state.bad_steps.device
         self.is_bad = torch.zeros((), dtype=torch.bool, device=device)  # whether the newest one was
         self.norms = torch.zeros(len(list(model.parameters())), device=device)  # of the last bad one's gradients
         self.buffers = []  # of the model, as they were before the newest step

@@ -4,26 +4,31 @@ import math
 
 import torch
 
+from kit.base import ranks
+
 PIECE = 1 << 15  # numbers that torch looks at in the thread that asks: more take others, and a training may need those
 
 
 def load(model, state):
     """
-    Load weights {name: tensor} into a model, which may fit them first (model.fitted). Raises ValueError, TypeError or
-    RuntimeError in words where names, shapes or kinds of numbers are not the model's, or a parameter is not finite.
+    Load weights {name: tensor} into a model, which may fit them first (model.fitted); into one in parts each process
+    its own. Raises ValueError, TypeError or RuntimeError in words where names, shapes or kinds of numbers are not the
+    model's, or a parameter is not finite.
     """
     state, own = model.fitted(state), model.state_dict()
+    parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     one = {}  # of the names of one tensor, the first
     for name in filter(state.__contains__, own):
         if kind_of(own[name]) != kind_of(state[name]):  # torch would round or cut off without a word
             raise ValueError(f'{name} is {words(state[name])}, and must be {words(own[name])}')
-        first = one.setdefault((own[name].data_ptr(), own[name].shape), name)
+        first = one.setdefault(parameters.get(name) or (own[name].data_ptr(), own[name].shape), name)
         if state[first].data_ptr() != state[name].data_ptr() and not torch.equal(state[first], state[name]):
             raise RuntimeError(f'{name} is not {first}, and the two are one in it')  # the last would win
-    model.load_state_dict(state)
-    for name, parameter in model.named_parameters():  # seen here, since float32 may not hold what float64 did
-        if not is_finite(parameter):
-            raise ValueError(f'{name} holds numbers that are not finite')
+    model.load_state_dict({name: ranks.like(value, own.get(name)) for name, value in state.items()})
+    # seen here, since float32 may not hold what float64 did
+    bad = [name for name, p in model.named_parameters() if not is_finite(ranks.local(p))]
+    if bad := sum(ranks.from_all(bad) if ranks.is_sharding else [bad], []):
+        raise ValueError(f'{bad[0]} holds numbers that are not finite')
 
 
 def is_finite(tensor, or_infinite=False):

@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from kit.base import ranks
 from kit.learn.model_state import is_finite, kind_of, words
 
 
@@ -38,6 +39,8 @@ def restore(optimizer, state):
     for i, p, known in zip(indices, params, made):
         if i in fitted:
             fitted[i] = fit(i, fitted[i], p, known, type(optimizer))
+            fitted[i] = {name: ranks.like(value, p) if is_tensor(value) and value.shape == p.shape else value
+                         for name, value in fitted[i].items()}
     if missing := [i for i, known in zip(indices, made) if known and not fitted.get(i)]:
         if len(missing) == len(params):
             raise ValueError(f'it has nothing of what {type(optimizer).__name__} keeps')
@@ -45,8 +48,8 @@ def restore(optimizer, state):
               'of them, as where there was no gradient yet')
     if type(optimizer).__module__.startswith('torch.optim'):
         check_kind(state['param_groups'], optimizer)
-        places = [value.untyped_storage().data_ptr() for moments in fitted.values() for value in moments.values()
-                  if is_tensor(value) and value.numel()]
+        tensors = [ranks.local(value) for moments in fitted.values() for value in moments.values() if is_tensor(value)]
+        places = [tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()]
         if len(set(places)) < len(places):
             raise ValueError('two of its moments share their memory')
 
@@ -79,7 +82,8 @@ def try_out(optimizer, params):
     begins its state in its constructor, what it keeps already.
     """
     for device in 'meta', 'cpu':
-        stand_ins = [torch.nn.Parameter(torch.zeros_like(p, device=device)) for p in params]
+        stand_ins = [torch.nn.Parameter(torch.zeros_like(p, device=device) if not ranks.is_part(p) else
+                                        torch.zeros(p.shape, dtype=p.dtype, device=device)) for p in params]
         for stand_in in stand_ins:
             stand_in.grad = torch.zeros_like(stand_in)
         twin, state, left = object.__new__(type(optimizer)), defaultdict(dict), iter(stand_ins)

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from kit.base import ranks
 from kit.base.errors import fail, shown
 from kit.base.overrides import nearest
 
@@ -101,17 +102,18 @@ class Muon(torch.optim.AdamW):
         by_shape = {}
         for p in own['params']:
             if p.grad is not None:
-                by_shape.setdefault((min(p.shape), max(p.shape)), []).append(p)
+                shape = tuple(p.shape)
+                by_shape.setdefault(shape if ranks.is_part(p) else (min(shape), max(shape)), []).append(p)
         for params in by_shape.values():
             self.move(params, own['lr'], own['weight_decay'])
 
     def move(self, params, lr, weight_decay):
-        """Move matrices of one shape, some of which may stand where the others lie."""
+        """Move matrices of one shape, some of which may stand where the others lie if each process has them whole."""
         for p in params:
             if not self.state[p]:
                 self.state[p].update(step=torch.zeros((), device=p.device), momentum_buffer=torch.zeros_like(p))
-        counts, buffers = ([self.state[p][name] for p in params] for name in ('step', 'momentum_buffer'))
-        gradients, is_good = [p.grad for p in params], 1.0
+        counts, buffers = ([ranks.local(self.state[p][name]) for p in params] for name in ('step', 'momentum_buffer'))
+        gradients, is_good = [ranks.local(p.grad) for p in params], 1.0
         if getattr(self, 'grad_scale', None) is not None:
             gradients = torch._foreach_div(gradients, self.grad_scale)
         if getattr(self, 'found_inf', None) is not None:
@@ -120,11 +122,18 @@ class Muon(torch.optim.AdamW):
         n, momentum = len(params), FIRST_MOMENTUM + (MOMENTUM - FIRST_MOMENTUM) * (counts[0] / WARMUP).clamp(max=1.0)
         torch._foreach_lerp_(buffers, gradients, n * [(1 - momentum) * is_good])
         updates = torch._foreach_lerp(gradients, buffers, n * [momentum])  # Nesterov's
-        updates = orthogonal(torch.stack([laid(x, p).to(self.dtype) for x, p in zip(updates, params)])) * is_good
+        if ranks.is_part(params[0]):  # each process takes some of them, and has them whole
+            some = ranks.whole_matrices(torch.stack(updates).to(self.dtype), params[0])
+            some = laid(orthogonal(laid(some, params[0])), params[0])
+            updates = ranks.parts_of_matrices(some, params[0], n)
+        else:
+            updates = orthogonal(torch.stack([laid(x, p).to(self.dtype) for x, p in zip(updates, params)]))
+            updates = [laid(update, p) for update, p in zip(updates, params)]
         scales = [math.sqrt(max(1, p.size(0) / p.size(1))) for p in params]
+        params = [ranks.local(p) for p in params]
         torch._foreach_mul_(params, 1 - lr * weight_decay * is_good)
         for p, update, scale in zip(params, updates, scales):
-            p.add_(laid(update, p), alpha=-lr * scale)
+            p.add_(update * is_good, alpha=-lr * scale)
         torch._foreach_add_(counts, n * [is_good])
 
 
@@ -150,7 +159,7 @@ def clip(optimizer, parameters, norm, limit, most):
     Scale the gradients down to a norm of limit where theirs, a 0-dim tensor, is above it; then cut each entry to most
     (0: not). On CUDA a fused optimizer does the first as it reads them: no pass over them of its own.
     """
-    if norm.is_cuda and not most and takes_verdict(optimizer, norm.device):
+    if norm.is_cuda and parameters[0].is_cuda and not most and takes_verdict(optimizer, norm.device):
         optimizer.grad_scale = clip_scale(norm, limit)
         return
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
@@ -169,7 +178,7 @@ def step(optimizer, is_good):
     moments nor their step counts move. Fused kernels read it on the device; for other optimizers the host waits for it.
     """
     if takes_verdict(optimizer, is_good.device):
-        optimizer.found_inf = (~is_good).float()
+        optimizer.found_inf = (~is_good).float().to(optimizer.param_groups[0]['params'][0].device)
         optimizer.step()
     elif is_good:
         optimizer.step()

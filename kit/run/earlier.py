@@ -13,7 +13,7 @@ SETTINGS = {
     'ema_decay': 0.0, 'swa_start': 0, 'max_minutes': 0.0, 'early_stop': 0, 'min_delta': 1e-4, 'early_stop_norm': False,
     'lr_schedule': 'cosine', 'warmup_share': 0.0, 'warmup_start_lr': 0.0, 'lr_by_norm': False, 'scale_loss': True,
     'deterministic': False, 'wandb_checkpoints': 'all', 'compile_mode': 'auto', 'architecture': 'gpt2',
-    'optimizer': 'adamw', 'sampling': 'random',
+    'optimizer': 'adamw', 'sampling': 'random', 'activation_checkpointing': False,
 }
 
 

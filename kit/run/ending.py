@@ -5,6 +5,8 @@ import os
 import shlex
 from pathlib import Path
 
+import torch
+
 from kit.base import ranks, signals
 from kit.base.errors import reason
 from kit.run.due import BAD_STEPS
@@ -30,11 +32,13 @@ def finish(due, clock, s, model, data, meta, journal, device, dtype):
         return 1
     show_why(due, out_dir, model)
     print(clock.in_words())
-    if ranks.is_main:
+    if ranks.is_main or ranks.is_sharding:  # in a pass of a model in parts all take part
         try:
-            samples.show(model, data, meta, device, dtype)
+            with torch.compiler.set_stance('force_eager'):  # compiled blocks would be so anew for each length of a text
+                samples.show(model, data, meta, device, dtype)
         except Exception as error:  # the verdict is worth more, and a model that went astray may not write
             print(f'no sample: {reason(error)}')
+    if ranks.is_main:
         print('\n'.join(diagnosis.verdict(journal.history)))
         is_sound = all(map(math.isfinite, journal.history.get('val/loss', 1)[1]))
         show_next_commands(out_dir, model.config.causal, is_sound)

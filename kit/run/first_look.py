@@ -105,9 +105,11 @@ def choose(s, model, raw_model, batch, micro_steps, n_steps, device, dtype):
     whole_run = 60 * s['max_minutes'] if s['max_minutes'] and not s['find_lr'] else seconds * micro_steps * n_steps
     is_compiled, why = devices.choose_compile(s['compile'], device, whole_run)
     if is_compiled:
+        parts = raw_model.blocks() if ranks.is_sharding else [raw_model]  # what is gathered for a part stays outside
         mode = devices.choose_compile_mode(s['compile_mode'], device, flops, micro_steps)
         try:
-            raw_model.compile(mode=mode)
+            for part in parts:
+                part.compile(mode=mode)
             for _ in range(2):  # compiles, then records a CUDA graph; no clock counts this as a step's
                 timed()
             evaluation.warm_up(raw_model, *batch, device, dtype)
@@ -121,7 +123,8 @@ def choose(s, model, raw_model, batch, micro_steps, n_steps, device, dtype):
             is_compiled = s['compile'] is not None or compiled < COMPILED_IS_FASTER * seconds
             seconds = compiled if is_compiled else seconds
         if not is_compiled:
-            raw_model._compiled_call_impl = None  # takes compile() back; torch has no other way for a single model
+            for part in parts:
+                part._compiled_call_impl = None  # takes compile() back; torch has no other way for a single model
             torch.compiler.reset()
     print(f'compile: {is_compiled} ({why})')
     s['compile'] = is_compiled

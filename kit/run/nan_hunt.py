@@ -7,6 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from kit.base import devices, ranks
+from kit.base.errors import fail
 from kit.data import batches
 from kit.learn import gradients
 
@@ -16,6 +17,9 @@ def watched(get_batch, update, model, bad_steps, scaler, micro_steps, seed, leav
     (get_batch, update) of train.py, which look at what they have made: at a bad number they say where it came from and
     end the script. model: not wrapped; bad_steps: a gradients.BadSteps. Both wait for the device.
     """
+    if ranks.is_sharding:
+        fail('debug_nan = True: each process looks for itself, and passes of a model in parts take all of them; '
+             '--parallel=ddp, or one process')
     def get_checked(split, step, micro_step):
         batch = get_batch(split, step, micro_step)
         found = ranks.from_all(wrong_ids(*batch[:2], model.config.vocab_size))

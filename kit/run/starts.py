@@ -223,7 +223,10 @@ def begin(config, model, data, tokens_per_step, warmup_steps, state, is_resume, 
              'unigram_entropy': data.unigram_entropy(), 'other_text_since': state.other_text_since}
     ranks.from_main(lambda: folders.claim(out_dir, is_new=not is_resume))
     journal.open(out_dir, config, facts, state.step if is_resume else None)
-    journal.show('model', model)
+    if ranks.is_sharding:
+        print('fsdp: TensorBoard and W&B get no graph, histograms, attention, vectors or texts of a model in parts')
+    else:
+        journal.show('model', model)
     if ranks.is_main:
         provenance.record(out_dir, config, facts, state.step, journal.places())
         is_other_text = state.other_text_since == state.step > 0

@@ -343,7 +343,8 @@ def damaged(path, error):
 def open_unverified(path, resume=False):
     """The checkpoint, raising whatever torch and forms raise."""
     is_utf8 = str(path).encode(errors='replace').decode() == str(path)  # torch maps no file of another name
-    return forms.checked(torch.load(path, map_location='cpu', weights_only=True, mmap=not resume and is_utf8), resume)
+    is_mapped = is_utf8 and (not resume or ranks.is_sharding)  # of a model in parts no process is to hold all of it
+    return forms.checked(torch.load(path, map_location='cpu', weights_only=True, mmap=is_mapped), resume)
 
 
 def is_no_damage(error):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from kit.base import ranks
 from kit.state import checkpoints
 
 
@@ -35,6 +36,9 @@ class Writer:
         before that, in the thread too: what must be on the disk when the checkpoint is.
         """
         self.finish()
+        if not ranks.is_main:
+            ranks.gather(checkpoint)  # what rank 0 copies of a model in parts
+            return
         try:
             arguments = self.copies.take(checkpoint), names, parameters, first
             self.thread = threading.Thread(target=self.run, args=arguments)  # no daemon: the script ends behind it
@@ -65,11 +69,15 @@ class Writer:
 
     def wait(self, block=True):
         """
-        Until the last checkpoint is written. Returns whether all since the last call were, None where there was none;
-        without block also where it is not written yet.
+        Until the last checkpoint is written, for all processes. Returns whether all since the last such call were, None
+        where there was none. Without block: print what there is to say of one that is written, and go on.
         """
-        if not block and self.is_writing:
-            return None
+        if block:
+            return ranks.from_main(self.outcome)
+        if not self.is_writing:
+            self.finish()
+
+    def outcome(self):
         self.finish()
         went_well, self.went_well = self.went_well, None
         return went_well
@@ -117,6 +125,8 @@ class Copies:
         return value
 
     def tensor(self, tensor):
+        if ranks.is_part(tensor):
+            return self.gathered(tensor)
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
             return tensor.to('cpu', copy=True)  # no checkpoint of ours has these
         storage = tensor.untyped_storage()
@@ -124,6 +134,14 @@ class Copies:
             self.of[storage._cdata] = self.storage(storage, len(self.of))
         here = self.of[storage._cdata]
         return torch.empty(0, dtype=tensor.dtype).set_(here, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def gathered(self, tensor):
+        """A tensor in parts, whole; all processes take part, see ranks.gather."""
+        place = ranks.local(tensor).untyped_storage()._cdata
+        if place not in self.of:
+            whole = ranks.whole(tensor).clone(memory_format=torch.contiguous_format)
+            self.of[place] = self.storage(whole.untyped_storage(), len(self.of))
+        return torch.empty(0, dtype=tensor.dtype).set_(self.of[place]).view(tensor.shape)
 
     def storage(self, storage, i):
         """Copy the i-th storage of a checkpoint."""

@@ -45,6 +45,7 @@ def evaluating(model):
         yield
     finally:
         model.train(was_training)
+        ranks.reshard(model)
 
 
 def figures(model, rows, split, n, device, dtype):
@@ -84,7 +85,7 @@ def in_batches(places, model, device):
     Parts of the places (n,) of rows, and how many in each count: for a compiled model, which is to see one shape, the
     last is repeated until its part is full.
     """
-    most, is_compiled = rows_at_once(model, device), getattr(model, '_compiled_call_impl', None) is not None
+    most, is_compiled = rows_at_once(model, device), any(module._compiled_call_impl for module in model.modules())
     for i in range(0, len(places), most):
         here = places[i:i + most]
         yield np.pad(here, (0, most - len(here) if is_compiled else 0), mode='edge'), len(here)
@@ -112,11 +113,13 @@ def measure(model, rows, n, device, dtype):
     """
     numbers, skip = rows.readers[0].evenly(n)
     noise = rows.noise(len(numbers), 0) if rows.is_mlm else None
-    mine = np.arange(ranks.rank, len(numbers), ranks.world_size)
+    n_each = -(-len(numbers) // ranks.world_size)  # all make as many passes, as a model in parts needs it
+    mine = ranks.rank + ranks.world_size * np.arange(n_each)
     sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
     for here, n_here in in_batches(mine, model, device):
+        is_more, here = here >= len(numbers), here.clip(max=len(numbers) - 1)
         x, y, documents = rows.fetch(numbers[here], None if noise is None else noise[here])
-        counts_not = np.arange(y.shape[1]) < skip[here, None]
+        counts_not = (np.arange(y.shape[1]) < skip[here, None]) | is_more[:, None]
         counts_not[n_here:] = True
         batch = (devices.send(a, device) for a in (x, np.where(counts_not, np.int64(-1), y), documents))
         sums += batch_sums(model, *batch, device, dtype)

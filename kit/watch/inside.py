@@ -5,7 +5,7 @@ import time
 import numpy as np
 import torch
 
-from kit.base import devices
+from kit.base import devices, ranks
 from kit.data import tokens
 from kit.watch import evaluation, samples
 
@@ -19,7 +19,7 @@ def show(journal, step, model, data, meta, device, is_last):
     A text of the model's own for TensorBoard and W&B, and now and then, with a hundredth of the time that the run
     takes, pictures: attention, loss curve, token embeddings. Draws from torch's generator.
     """
-    if not journal.sinks:
+    if not journal.sinks or ranks.is_sharding:  # in a pass of a model in parts all processes would have to take part
         return
     start = time.time()
     ids = devices.send(data.fetch(np.array([0]))[0][0, :ATTENTION_TOKENS], device)
