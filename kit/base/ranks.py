@@ -35,7 +35,7 @@ is_main = rank == 0
 
 # how long the others wait for one of them in wait(), from_main() and from_all(): as long as rank 0's downloads, saves,
 # uploads and pictures may take. Within a step it is --timeout. Where one dies, torchrun ends the others at once
-PATIENCE = timedelta(hours=12)
+GLOO_TIMEOUT = timedelta(hours=12)
 LAST_WRITE = 60.0  # seconds that a checkpoint on its way to the disk has to arrive there, where a process was lost
 
 MOST_OF_A_DEVICE = 0.6  # for the model with gradients and moments; the rest is for activations
@@ -83,7 +83,7 @@ def start(backend, device, minutes, about):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                                 timeout=limit + timedelta(minutes=5) if backend == 'nccl' else limit,
                                 device_id=device if backend == 'nccl' else None)
-        between_hosts = dist.new_group(backend='gloo', timeout=PATIENCE)
+        between_hosts = dist.new_group(backend='gloo', timeout=GLOO_TIMEOUT)
         if backend == 'nccl':  # what the hosts say to each other must not wait for the devices
             in_step = dist.new_group(backend='gloo', timeout=limit)
     sys.excepthook = partial(tell, sys.excepthook, store, minutes)
