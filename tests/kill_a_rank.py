@@ -45,9 +45,11 @@ def worker(launch, rank):
 
 
 def is_saving(out_dir):
-    """Whether a checkpoint is being written: its file, or its shards, of which DCP writes .metadata last."""
-    return any(out_dir.glob('.*.part')) or any(
-        not (folder / '.metadata').exists() for folder in out_dir.glob('shards_*'))
+    """Whether a checkpoint is being written: its file, or its shards, behind which ckpt.pt comes."""
+    last, shards = out_dir / 'ckpt.pt', list(out_dir.glob('shards_*'))
+    since = last.stat().st_mtime_ns if last.exists() else 0
+    with suppress(FileNotFoundError):  # one that is deleted now
+        return any(out_dir.glob('.*.part')) or any(folder.stat().st_mtime_ns > since for folder in shards)
 
 
 def wait(launch, is_true, pause):
