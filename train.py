@@ -121,6 +121,7 @@ debug_nan = False           # at the first bad number: stop, and say which text,
 sharded = False             # checkpoints in shards, each process writes its own, see export.py; for large models
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 backend = 'auto'            # auto, nccl or gloo: between processes
+timeout = 30.0              # 0 < x <= 1e6: minutes that the processes wait within a step for one that hangs
 parallel = 'auto'           # auto, ddp or fsdp: each process holds the model, or a part of it; auto = ddp where it fits
 cpu_offload = False         # fsdp: parameters, gradients and moments lie in the memory of the host; slow
 
@@ -130,7 +131,7 @@ config = overrides.apply(globals(), rules.TRAIN, more_help=presets.help_text(GPT
 # where we start from: nothing, a checkpoint, or OpenAI's weights; those bring the settings of their model along
 
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
-ranks.start(backend, device)
+ranks.start(backend, device, timeout, lambda: starts.about(config))
 fits_batch = batch_size == 0  # found once there is a model; until then the number that the 0 has replaced counts
 trains = not (test or eval_only or dry_run or find_lr or inspect_step >= 0)  # else nothing of a run is written
 config, saved, is_resume, past = starts.find(config, trains, GPTConfig, device)  # past: the log of a run to be replayed
@@ -366,6 +367,8 @@ while True:
         with averages.smoothed(average):
             inside.show(journal, state.step, raw_model, data['val'], meta, device, due.is_last)
         clock.took('evaluation', n=0)
+    if due.save or due.evaluation:
+        ranks.wait()  # for rank 0's disk and pictures, however long they take; a step has a time limit
     if due.end:
         break
     max_iters = config['max_iters'] = due.fit(clock)  # with max_minutes another, from the end of the warmup on

@@ -398,36 +398,42 @@ def calls(monkeypatch):
             made.append((name, args, kwargs))
             return result
         monkeypatch.setattr(dist, name, call)
-    for name in 'init_process_group', 'barrier', 'destroy_process_group':
+    for name in 'init_process_group', 'barrier', 'destroy_process_group', 'all_reduce':
         record(name)
-    record('new_group', 'the gloo group')
-    record('rendezvous', iter([('the store', 1, 2)]))
+    groups = iter(['the patient group', 'the group of a step'])
+    monkeypatch.setattr(dist, 'new_group', lambda **kwargs: made.append(('new_group', (), kwargs)) or next(groups))
+    monkeypatch.setattr(dist, 'TCPStore', lambda *args, **kwargs: 'the store')
+    monkeypatch.setattr(dist, 'PrefixStore', lambda prefix, store: store)
+    for name in 'reach', 'meet':
+        monkeypatch.setattr(ranks.peers, name, lambda *args: None)
+    monkeypatch.setattr('sys.excepthook', None)
     monkeypatch.setattr(dist, 'is_nccl_available', lambda: True)
     monkeypatch.setattr(ranks, 'world_size', 2)
     monkeypatch.setattr(ranks, 'rank', 1)
-    monkeypatch.setattr(ranks, 'between_hosts', None)
+    for group in 'between_hosts', 'in_step':
+        monkeypatch.setattr(ranks, group, None)
     for name, value in ('RANK', '1'), ('WORLD_SIZE', '2'), ('MASTER_ADDR', '127.0.0.1'), ('MASTER_PORT', '1'):
         monkeypatch.setenv(name, value)
     return made
 
 
-@pytest.mark.parametrize('device, backend, hours', [(CUDA, 'nccl', 2), (CPU, 'gloo', 12)])
-def test_ranks_wait_for_hours_over_gloo(calls, monkeypatch, device, backend, hours):
-    """For downloads, uploads and saves of rank 0; torch's own limits are 10 and 30 minutes."""
-    ranks.start('auto', device)
-    made = {name: (args, kwargs) for name, args, kwargs in calls}
-    assert made['init_process_group'][0] == (backend,)
-    assert made['init_process_group'][1] == {
-        'store': 'the store', 'rank': 1, 'world_size': 2, 'timeout': timedelta(hours=hours),
-        'device_id': CUDA if backend == 'nccl' else None}
-    assert 'timeout' not in made['rendezvous'][1]  # for one that never comes nobody waits for hours
-    if backend == 'nccl':
-        assert made['new_group'] == ((), {'backend': 'gloo', 'timeout': timedelta(hours=12)})
-    over = 'the gloo group' if backend == 'nccl' else None  # None: the default group, which is gloo's then
+@pytest.mark.parametrize('device, backend, minutes', [(CUDA, 'nccl', 25), (CPU, 'gloo', 20)])
+def test_ranks_wait_for_hours_over_gloo_and_for_less_in_a_step(calls, monkeypatch, device, backend, minutes):
+    """For downloads, uploads and saves of rank 0; in a step the hosts find one that hangs before nccl does."""
+    ranks.start('auto', device, 20, dict)
+    assert calls[0] == ('init_process_group', (backend,), {
+        'store': 'the store', 'rank': 1, 'world_size': 2, 'timeout': timedelta(minutes=minutes),
+        'device_id': CUDA if backend == 'nccl' else None})
+    made = [kwargs for name, _, kwargs in calls if name == 'new_group']
+    assert made == [{'backend': 'gloo', 'timeout': timedelta(hours=12)},
+                    {'backend': 'gloo', 'timeout': timedelta(minutes=20)}][:2 if backend == 'nccl' else 1]
     monkeypatch.setattr(ranks.os, '_exit', refuse('left', SystemExit))
     del calls[:]
+    ranks.highest(3)
     ranks.wait()
     with pytest.raises(SystemExit):
         ranks.leave()
+    in_step = 'the group of a step' if backend == 'nccl' else None  # None: the default group, which is gloo's then
     assert [(name, kwargs.get('group')) for name, _, kwargs in calls] == [
-        ('barrier', over), ('barrier', over), ('destroy_process_group', None)]
+        ('all_reduce', in_step), ('barrier', 'the patient group'), ('barrier', 'the patient group'),
+        ('destroy_process_group', None)]

@@ -303,6 +303,7 @@ CHECKED = {  # script: {what they may be: settings}; a comment that says it no m
         'auto, float32, bfloat16 or float16': 'dtype',
         'auto, raw, ema or swa': 'weights',
         'auto, nccl or gloo': 'backend',
+        '0 < x <= 1e6': 'timeout',
         'auto, ddp or fsdp': 'parallel',
     },
     'export.py': {'not empty': 'output'},
@@ -507,8 +508,9 @@ def test_the_launch_settings_of_train():
     script = overrides.read_script(ROOT / 'train.py')
     assert list(script.settings)[-len(script.launch):] == [
         'out_dir', 'init_from', 'eval_only', 'dry_run', 'test', 'checkpoint', 'weights', 'inspect_step', 'find_lr',
-        'find_lr_start', 'find_lr_end', 'debug_nan', 'sharded', 'device', 'backend', 'parallel', 'cpu_offload']
-    assert script.launch == set(list(script.settings)[-17:])
+        'find_lr_start', 'find_lr_end', 'debug_nan', 'sharded', 'device', 'backend', 'timeout', 'parallel',
+        'cpu_offload']
+    assert script.launch == set(list(script.settings)[-18:])
 
 
 @pytest.fixture

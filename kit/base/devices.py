@@ -93,6 +93,10 @@ def choose_device(name, local_rank=0, world_size=1):
     # torch counts the cards that the driver shows, whether CUDA can use them or not
     count = {'cpu': 1, 'mps': int(torch.backends.mps.is_available()),
              'cuda': 0 if fault == NO_GPU else torch.cuda.device_count()}
+    n_here = ranks.variable('LOCAL_WORLD_SIZE', 1)
+    if device.type == 'cuda' and world_size > 1 and 0 < count['cuda'] < n_here:
+        fail(f'device = {name!r}: {n_here} processes on this machine and {count["cuda"]} GPUs: each takes one of its '
+             f'own; torchrun --nproc_per_node={count["cuda"]}, or --device=cpu')
     if not 0 <= (device.index or 0) < count[device.type]:  # torch makes -24 of cuda:1000
         here = ', '.join(f'{n} {kind}' for kind, n in count.items() if n)
         if device.type == 'cuda' and not torch.backends.cuda.is_built():

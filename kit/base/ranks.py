@@ -8,10 +8,14 @@ One process alone is rank 0 of 1, and nothing here imports torch.distributed for
 
 import math
 import os
+import platform
 import sys
 import threading
+import time
 from datetime import timedelta
+from functools import partial
 
+from kit.base import peers
 from kit.base.errors import explained, fail
 
 
@@ -29,15 +33,16 @@ if rank >= world_size:
     fail(f'the environment has RANK={rank} and WORLD_SIZE={world_size}; start with torchrun, or unset RANK')
 is_main = rank == 0
 
-# how long the others wait for one of them before they are killed; torch's own 30 and 10 minutes are shorter than some
-# of what they wait for. Where one dies, torchrun ends the others at once, whatever stands here
-GLOO_TIMEOUT = timedelta(hours=12)  # rank 0's downloads and uploads
-NCCL_TIMEOUT = timedelta(hours=2)   # rank 0's save, and the write before it, in the next sum over the gradients
+# how long the others wait for one of them in wait(), from_main() and from_all(): as long as rank 0's downloads, saves,
+# uploads and pictures may take. Within a step it is --timeout. Where one dies, torchrun ends the others at once
+GLOO_TIMEOUT = timedelta(hours=12)
+LAST_WRITE = 60.0  # seconds that a checkpoint on its way to the disk has to arrive there, where a process was lost
 
 MOST_OF_A_DEVICE = 0.6  # for the model with gradients and moments; the rest is for activations
 
-between_hosts = None  # a group of gloo's, None = the default one
-is_sharding = False  # whether each process holds a part of the model, see choose_parallel
+between_hosts = None  # the group of gloo's that is so patient
+in_step = None        # one that is not; None = the default group, which is gloo's then
+is_sharding = False   # whether each process holds a part of the model, see choose_parallel
 
 
 def cores():
@@ -46,26 +51,65 @@ def cores():
     return max(1, n // variable('LOCAL_WORLD_SIZE', 1))
 
 
-def start(backend, device):
-    """Join the other processes. backend: auto (nccl on CUDA, else gloo) or one that torch.distributed knows."""
+def start(backend, device, minutes, about):
+    """
+    Join the other processes, which must run the same. backend: auto (nccl on CUDA, else gloo) or one that
+    torch.distributed knows. minutes: that they wait for one of them within a step. about: a function that tells what
+    this one runs, as peers.meet takes it.
+    """
+    global between_hosts, in_step
     if world_size == 1:
         return
     import torch.distributed as dist
     if backend == 'auto':
         backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
-    if missing := [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
+    if missing := [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]:
         fail(f'the environment has WORLD_SIZE={world_size} and no {missing[0]}; start several processes with torchrun, '
              'or unset WORLD_SIZE')
-    with explained('the processes cannot meet', 'start them with torchrun'):
-        # not in init_process_group, which would wait as long for one that never comes
-        store, *_ = next(dist.rendezvous('env://'))
+    host, port, limit = os.environ['MASTER_ADDR'], variable('MASTER_PORT', 1), timedelta(minutes=minutes)
+    if port >= 2**16:
+        fail(f'the environment has MASTER_PORT={port}; a port is a number below 65,536, or start with torchrun')
+    # torch's own rendezvous would wait for 30 minutes, and then not know who is missing; and torchrun's store holds
+    # what those before a restart have put there
+    is_torchruns = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    if is_torchruns or not is_main:
+        peers.reach(host, port, peers.COME)
+    with explained(f'the processes cannot meet at {host}:{port}', 'start them with torchrun'):
+        store = dist.TCPStore(host, port, is_master=is_main and not is_torchruns, wait_for_workers=False,
+                              timeout=timedelta(seconds=peers.COME))
+        store = dist.PrefixStore(f'restart_{variable("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        peers.meet(store, rank, world_size, about(), f'{host}:{port}')
+        # what nccl waits for cannot be named: the hosts, which wait for each other in every step, find it first
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
-                                timeout=NCCL_TIMEOUT if backend == 'nccl' else GLOO_TIMEOUT,
+                                timeout=limit + timedelta(minutes=5) if backend == 'nccl' else limit,
                                 device_id=device if backend == 'nccl' else None)
-    if backend == 'nccl':  # what the hosts say to each other must not wait for the devices
-        global between_hosts
         between_hosts = dist.new_group(backend='gloo', timeout=GLOO_TIMEOUT)
+        if backend == 'nccl':  # what the hosts say to each other must not wait for the devices
+            in_step = dist.new_group(backend='gloo', timeout=limit)
+    sys.excepthook = partial(tell, sys.excepthook, store, minutes)
     print(f'processes: {world_size} (torchrun), backend {backend}')
+
+
+def tell(before, store, minutes, kind, error, trace):
+    """sys.excepthook, in front of the one before: where another process is lost one line says which, no traceback."""
+    if not (how := peers.lost(error)):
+        before(kind, error, trace)
+        return
+    peers.tell_lost(store, rank, world_size, how, minutes)
+    end = time.monotonic() + LAST_WRITE
+    for thread in threading.enumerate():  # such as one that writes a checkpoint
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, end - time.monotonic()))
+    sys.stdout.flush()
+    os._exit(1)  # as in leave
+
+
+def agree(kind, things):
+    """That these {name: value} are the same in all processes; else one line, and the end of all. kind: of peers."""
+    if world_size > 1:
+        people = from_all({'host': platform.node(), 'about': {kind: things}})
+        problem = peers.difference(people)  # the same on all
+        from_main(lambda: fail(problem) if problem else None)
 
 
 def wait():
@@ -262,12 +306,12 @@ def norms_of_all(norms, tensor):
 
 
 def highest(number):
-    """The highest of the ints that the processes give here. Does not wait for the devices."""
+    """The highest of the ints that the processes give here, within a step. Does not wait for the devices."""
     if world_size > 1:
         import torch
         import torch.distributed as dist
         tensor = torch.tensor(number)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=between_hosts)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=in_step)
         number = int(tensor)
     return number
 

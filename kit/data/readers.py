@@ -401,6 +401,8 @@ def open(settings, row_multiple=1):
         found[name] = (folder, *tokens.read_dataset(folder, s['block_size'] if s['batch_mode'] == 'windows' else 1))
         if found[name][2] is tokens.GPT2:
             print(f"{folder} has no meta file: its ids are taken for GPT-2's")
+    texts = {name: tokens.fingerprint(folder, meta) for name, (folder, _, meta) in found.items()}
+    ranks.agree('data', texts)
     first, (_, _, meta) = next(iter(found.items()))
     for name, (_, _, other) in found.items():
         if not tokens.is_same_tokenizer(other['tokenizer'], meta['tokenizer']):
@@ -410,12 +412,11 @@ def open(settings, row_multiple=1):
     return {split: Rows(list(found), [reader(name, folder, split, splits[split], meta_here, s, row_multiple)
                                       for name, (folder, splits, meta_here) in found.items()],
                         list(shares.values()), s['mask_prob'], meta['vocab_size'], s['objective'] == 'mlm')
-            for split in common}, meta | {'text': text_of(found, shares)}
+            for split in common}, meta | {'text': text_of(list(texts.values()), shares)}
 
 
-def text_of(found, shares):
-    """The fingerprint of a dataset, or of a mixture."""
-    texts = [tokens.fingerprint(folder, meta) for folder, _, meta in found.values()]
+def text_of(texts, shares):
+    """The fingerprint of a dataset, or of a mixture, of those of its parts."""
     if len(texts) > 1:
         texts = [f'{share} {text}' for share, text in sorted(zip(shares.values(), texts))]
     return ', '.join(texts)

@@ -1,17 +1,21 @@
 """Where a launch of train.py starts from, nothing, a checkpoint, or OpenAI's weights, and where a run goes back to."""
 
+import hashlib
 import math
 from dataclasses import fields
 from pathlib import Path
 
-from kit.base import files, overrides, ranks
+from kit.base import files, overrides, peers, ranks
 from kit.base.errors import reason
 from kit.data import tokens
 from kit.learn import averages, optimizers
 from kit.run import earlier, presets, replay
 from kit.run.run_state import KEPT, RunState
 from kit.state import checkpoints, folders, provenance
+from kit.watch import runlogs
 from kit.watch.journal import check_wandb
+
+OF_A_MACHINE = 'threads',  # settings in which the processes of a run may differ
 
 
 def find(config, trains, GPTConfig, device):
@@ -52,6 +56,13 @@ def recipe_rows(saved):
     return {'batch_size': overrides.replaced['batch_size']}
 
 
+def about(config):
+    """What all processes of a run must have in common, see peers.meet: settings, the code and its versions."""
+    return {'settings': {name: value for name, value in config.items() if name not in OF_A_MACHINE},
+            'code': {name: hashlib.sha256(code).hexdigest() for name, code in provenance.collect_source().items()},
+            'versions': checkpoints.versions()}
+
+
 def check(config, GPTConfig):
     """End the script where settings make no optimizer or no model; what weights bring along they know themselves."""
     optimizers.parse(config['optimizer'])
@@ -70,6 +81,9 @@ def find_start(config, trains, GPTConfig, device):
     if config['inspect_step'] >= 0:  # with the settings that it was made with, from the last state before it
         init_from, path, saved, made_with, past = replay.find_past(out_dir, config['inspect_step'])
         weights = made_with.get('weights', weights)
+    if trains and began_here(out_dir) and checkpoints.exist(out_dir):
+        print(f'init_from: resume (torchrun has started the processes again; {out_dir} holds what they did before)')
+        init_from = 'resume'
     if init_from == 'auto':
         is_there = checkpoints.exist(out_dir)
         init_from = 'resume' if is_there else 'scratch'
@@ -107,6 +121,18 @@ def find_start(config, trains, GPTConfig, device):
     if trains and config['wandb_log']:
         check_wandb(config['wandb_project'])
     return config | {'init_from': init_from}, saved, is_resume, past
+
+
+def began_here(out_dir):
+    """
+    Whether the run in out_dir was last begun by the torchrun that has started these processes. Then they are not the
+    first that it has started, and go on with what those before them did.
+    """
+    def look():
+        launches = runlogs.read_config(out_dir)['launches']
+        return bool(launches) and peers.is_agent(launches[-1].get('torchrun'), agents)
+    agents = ranks.from_all(peers.agent())  # rank 0 may have moved to another machine
+    return any(agents) and ranks.from_main(look)
 
 
 def shaping(config, GPTConfig):
@@ -224,6 +250,7 @@ def begin(config, model, data, tokens_per_step, warmup_steps, state, is_resume, 
             checkpoints.move_later_aside(out_dir, state.step, best_too=is_other_text)
         except OSError as error:
             overrides.fail(f'{out_dir}: what lies beyond step {state.step} cannot be moved ({reason(error)})')
+    ranks.wait()  # however long that takes; a step has a time limit
 
 
 def go_back(out_dir, state, model, optimizer, scaler, average, journal):

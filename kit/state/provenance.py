@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kit.base import files
+from kit.base import files, peers
 from kit.base.errors import ROOT, reason
 from kit.state import checkpoints
 from kit.watch import runlogs
@@ -32,7 +32,7 @@ def record(folder, config, facts, step, sinks):
     launches.append({
         'step': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S %z'), 'command': [sys.executable, *sys.argv],
         'source': source.name, 'git': commit(), 'versions': checkpoints.versions(), 'machine': machine(),
-        'sinks': sinks,
+        'sinks': sinks, 'torchrun': peers.agent(),
     })
     try:
         files.write_whole(folder / 'config.json', json.dumps(
