@@ -560,8 +560,7 @@ def ranks(row):
     nccl = None if cpu else POOL.submit(alone, nccl_and_gloo)
     part = POOL.submit(alone, in_one_part)
     single = POOL.submit(train, 'single', *words, hook=without_tf32)
-    kinds = {'pair': [], 'pair_in_parts': ['--parallel=fsdp'], 'pair_compiled': COMPILED,
-             'pair_packed': [*PACKED, *COMPILED]}
+    kinds = {'pair': [], 'pair_compiled': COMPILED, 'pair_packed': [*PACKED, *COMPILED]}
     jobs = {name: POOL.submit(pair, name, *words, *more) for name, more in kinds.items() if not cpu or name == 'pair'}
     single.result()
     for name, job in jobs.items():

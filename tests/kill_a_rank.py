@@ -6,6 +6,7 @@ $ python tests/kill_a_rank.py --rounds=10                   a quarter of a minut
 $ python tests/kill_a_rank.py --rounds=40 --sharded         every second run writes sharded checkpoints
 
 In each round one or two processes are killed, at random steps; in half of the rounds the first of them during a save.
+In half of the rounds, by fours, each process holds a part of the model (FSDP).
 At the end weights, moments, averages and records must be equal, bit for bit, and no temporary file may be left.
 """
 
@@ -92,9 +93,9 @@ def rounds_of(folder, rounds, steps, seed, sharded):
     draw, done = random.Random(seed), {'rounds': 0, 'kills': 0, 'during a save': 0, 'sharded': 0}
     prepare(folder)
     for i in range(rounds):
-        is_sharded = sharded and i % 2 == 1
-        words = f'--max_iters={steps}', *['--sharded'] * is_sharded
-        whole, cut = folder / f'whole{is_sharded:d}', folder / 'cut'
+        is_sharded, in_parts = sharded and i % 2 == 1, i % 8 >= 4
+        words = f'--max_iters={steps}', *['--sharded'] * is_sharded, *['--parallel=fsdp'] * in_parts
+        whole, cut = folder / f'whole{is_sharded:d}{in_parts:d}', folder / 'cut'
         if not whole.exists():
             finish(torchrun(folder, *words, f'--out_dir={whole.name}'), folder)
         shutil.rmtree(cut, ignore_errors=True)
@@ -113,7 +114,7 @@ def rounds_of(folder, rounds, steps, seed, sharded):
         compare(whole, cut)
         done['rounds'] += 1
         done['sharded'] += is_sharded
-        print(f'round {i}{", sharded" * is_sharded}: killed {", ".join(told)}; {went_on} went on from a checkpoint; '
+        print(f'round {i}{", sharded" * is_sharded}{", in parts" * in_parts}: killed {", ".join(told)}; {went_on} went on from a checkpoint; '
               f'equal; {time.monotonic() - begin:.1f}s', flush=True)
     return done
 

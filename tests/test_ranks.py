@@ -1,6 +1,7 @@
 """Several processes as one run, each with the whole model (DDP) or a part of it (FSDP): the same run as that of one."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -343,3 +344,40 @@ def test_losses_of_a_run_with_several_micro_steps(train, pair):
     one = train('--batch_size=10', '--max_iters=4', '--dtype=float32')
     cut = pair('--batch_size=2', '--gradient_accumulation_steps=5', '--max_iters=4', '--dtype=float32')
     assert losses(cut) == pytest.approx(losses(one), abs=1e-4) and cut.status == 0
+
+
+def test_shards_of_a_model_in_parts(run, pair, tiny):
+    """Saved in shards by two, gone on with by two, bit for bit, by three and by one; and the file that they make."""
+    args = ['--batch_size=6', '--ema_decay=0.9', FSDP, '--sharded', '--dtype=float32']
+    assert pair(*args, '--out_dir=whole').status == 0
+    assert pair(*args, '--out_dir=cut', '--max_iters=5', '--lr_decay_iters=10').status == 0
+    for name in 'three', 'one':
+        shutil.copytree(tiny / 'cut', tiny / name)
+    again = pair(*args, '--out_dir=cut', '--init_from=resume', script=hooked_script(tiny, NONE_WHOLE))
+    assert again.status == 0, again.err
+    assert pair(*args, '--out_dir=three', '--init_from=resume', n=3).status == 0
+    assert run('train.py', *small_run('--batch_size=6', '--init_from=resume', '--out_dir=one', '--dataset=tiny'),
+               cwd=tiny).status == 0
+    for name in 'whole', 'cut', 'three':
+        assert run('export.py', f'--checkpoint={name}/ckpt.pt', f'--output={name}.pt', cwd=tiny).status == 0
+    whole, cut, three = (torch.load(tiny / f'{name}.pt', weights_only=True) for name in ('whole', 'cut', 'three'))
+    for key in 'model', 'ema':
+        assert all(torch.equal(value, cut[key][name]) for name, value in whole[key].items())
+    assert all(torch.equal(value, moments(cut)[key]) for key, value in moments(whole).items())
+    for other in three, weights(tiny / 'one'):
+        assert furthest(whole['model'], other['model']) < 1e-5 and furthest(whole['ema'], other['ema']) < 1e-5
+        assert furthest(moments(whole), moments(other)) < 1e-5
+    assert figures(tiny / 'one') == pytest.approx(figures(tiny / 'whole'), abs=1e-5)
+
+
+NONE_WHOLE = '''
+import torch
+from kit.state import shards
+read = shards.Part.read
+def watched(self, names, like=None):
+    found = read(self, names, like)
+    for name, tensor in found.items():
+        assert like is not None and tensor.to_local().numel() <= -(-tensor.shape[0] // 2) * tensor[0].numel()
+    return found
+shards.Part.read = watched
+'''

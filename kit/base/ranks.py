@@ -172,7 +172,7 @@ def total(tensor):
 # each the first dimension is cut as torch.chunk does it; what lies here is its local part, maybe nothing
 
 
-def choose_parallel(name, needed, total):
+def choose_parallel(name, needed, total, device):
     """
     auto, ddp (each process holds the whole model) or fsdp (each holds a part). needed, total: bytes that the model
     takes with its gradients and moments, and that a device has.
@@ -189,6 +189,10 @@ def choose_parallel(name, needed, total):
         reason = (f'the model with gradients and moments takes {needed / 2**30:.3g} GiB, a device has '
                   f'{total / 2**30:.3g}')
     is_sharding = name == 'fsdp'
+    import torch.distributed as dist
+    if is_sharding and device.type == 'cuda' and dist.get_backend() != 'nccl':
+        fail(f"parallel = 'fsdp': on GPUs it takes nccl, and backend is {dist.get_backend()}, with which torch 2.11 "
+             'broke off where parts of a tensor were put together; --backend=nccl')
     print(f'parallel: {name} ({reason})')
 
 
@@ -268,11 +272,22 @@ def gather(tree):
 
 def like(value, tensor):
     """A whole tensor, which each process has, as one in parts where the other tensor is that."""
-    if not is_part(tensor) or is_part(value):
+    if not is_part(tensor):
         return value
-    parts = value.chunk(world_size)
-    mine = parts[rank] if rank < len(parts) else value[:0]
+    mine = local(value) if is_part(value) else mine_of(value)
     return placed(mine.to(tensor.device), tensor, tensor.placements, tensor.shape)
+
+
+def mine_of(whole):
+    """What this process has of a tensor that is cut, as all are here, in its first dimension."""
+    parts = whole.chunk(world_size)
+    return parts[rank] if rank < len(parts) else whole[:0]
+
+
+def empty_part(meta, like):
+    """A tensor of the shape of one on the meta device, in parts as another is, in the memory of the host."""
+    import torch
+    return placed(torch.empty_like(mine_of(meta), device='cpu'), like, like.placements, meta.shape)
 
 
 def whole_matrices(parts, like):

@@ -19,7 +19,7 @@ def build(GPT, config, parallel, activation_checkpointing, cpu_offload, device, 
     with torch.device('meta'):
         plain = GPT(config)  # shapes alone
     n_bytes = sum(p.numel() * p.element_size() for p in plain.parameters())
-    ranks.choose_parallel(parallel, 4 * n_bytes, devices.total_memory(device))  # weight, gradient, two moments
+    ranks.choose_parallel(parallel, 4 * n_bytes, devices.total_memory(device), device)  # weight, gradient, two moments
     if cpu_offload and not (ranks.is_sharding and device.type == 'cuda'):
         fail('cpu_offload = True: it takes parts of a model from GPUs to their host; --parallel=fsdp on several, or '
              'leave it out')

@@ -204,6 +204,7 @@ def restore(saved, is_resume, config, meta, model, optimizer, scaler, average, d
     if saved and not is_resume:
         checkpoints.fill(model, saved['model'])
     if is_resume:
+        saved = checkpoints.fetched(saved, model)
         state.take(saved)
         checkpoints.restore(saved, model, optimizer, scaler)
         averages.restore(average, saved)
@@ -264,6 +265,7 @@ def go_back(out_dir, state, model, optimizer, scaler, average, journal):
     if saved:
         print(f'WARNING: every step since {first_bad} was bad: back to {path}, after {saved["iter_num"]} steps, with '
               'other text')
+        saved = checkpoints.fetched(saved, model)
         checkpoints.restore(saved, model, optimizer, scaler)
         averages.restore(average, saved)
         state.take(saved, but=KEPT)

@@ -280,15 +280,38 @@ def load(path, resume=False):
 
 
 def read(path, resume=False):
-    """load, raising Damaged."""
+    """load, raising Damaged. Of several processes a resume leaves in shards what is there, for fetched."""
     def look():
         verify(path)
-        checkpoint = open_unverified(path, resume, lambda small: shards.fill(
-            path, small, shards.PARTS if resume else forms.WEIGHTS, THREADS))
+        if resume and ranks.world_size > 1:  # see fetched
+            checkpoint = open_unverified(path, resume, lambda small: shards.verify(path, small, THREADS))
+            if shards.are_in(checkpoint):
+                return checkpoint | {'path': path}
+        else:
+            checkpoint = open_unverified(path, resume, lambda small: shards.fill(
+                path, small, shards.PARTS if resume else forms.WEIGHTS, THREADS))
         if bad := forms.bad_numbers(checkpoint, resume):
             raise forms.Unfit(f'holds numbers that are not finite: {bad}')
         return checkpoint
     return from_one_file(path, look)
+
+
+def fetched(saved, model):
+    """
+    A checkpoint to go on from, as read() gives it, with those tensors that it has left in shards until there is a
+    model: of one in parts each process reads its own, and none has all of them.
+    """
+    if not shards.are_in(saved):
+        return saved
+    path, like = saved['path'], next(model.parameters()) if ranks.is_sharding else None
+    try:
+        found = open_unverified(path, True, lambda small: shards.fill(path, small, shards.PARTS, THREADS, like))
+    except Exception as error:  # torch raises many kinds
+        fail(damaged(path, error))
+    mine = {key: shards.over_tensors(value, lambda _, tensor: ranks.local(tensor)) for key, value in found.items()}
+    if bad := next(filter(None, ranks.from_all(forms.bad_numbers(mine))), ''):
+        fail(f'{path} holds numbers that are not finite: {bad}')
+    return found
 
 
 def from_one_file(path, look):

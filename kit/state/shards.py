@@ -308,10 +308,11 @@ class Part:
     metadata: object
     opened: dict
 
-    def read(self, names):
-        """{name: tensor}, read into memory."""
+    def read(self, names, like=None):
+        """{name: tensor}, read into memory; like: a tensor in parts, of which each process then reads its own."""
         from kit.state import dcp
-        tensors = {name: torch.empty_like(self.tensors[name], device='cpu') for name in names}
+        tensors = {name: torch.empty_like(self.tensors[name], device='cpu') if like is None else
+                   ranks.empty_part(self.tensors[name], like) for name in names}
         dcp.load(tensors, self.metadata, self.opened)
         return tensors
 
@@ -361,39 +362,17 @@ def verify(path, checkpoint, threads):
     return checkpoint
 
 
-def fill(path, checkpoint, wanted, threads):
+def fill(path, checkpoint, wanted, threads, like=None):
     """
     The small checkpoint of path as one in one file, with the tensors of the wanted parts read into memory; all its
-    shards are verified. Raises what open_parts raises, and what torch does.
+    shards are verified. like: see Part.read. Raises what open_parts raises, and what torch does.
     """
     with ExitStack() as stack:
         parts = open_parts(path, checkpoint, PARTS, threads, stack)
         for part in filter(parts.__contains__, wanted):
-            read = parts[part].read(parts[part].tensors)
+            read = parts[part].read(parts[part].tensors, like)
             by_stand_in = {id(parts[part].tensors[name]): tensor for name, tensor in read.items()}
             checkpoint[part] = over_tensors(checkpoint[part], lambda _, tensor, found=by_stand_in:
                                             found.get(id(tensor), tensor))
     return {key: value for key, value in checkpoint.items() if key != 'shards'}
 
-
-def load_into(path, checkpoint, part, state, threads=1):
-    """
-    Load a part of a small checkpoint, as torch.load gives it, into the tensors of a state, which is nested as the part
-    is: a model's or an optimizer's state_dict. Of DTensors each rank reads what it has of them, and waits for no other.
-    Raises what open_parts raises, and ValueError where a tensor of the state is not in the part.
-    """
-    from kit.state import dcp
-    saved, targets = {}, {}
-    over_tensors(checkpoint[part], lambda place, tensor: saved.update({name_of(place): tensor}))
-    over_tensors(state, lambda place, tensor: targets.update({name_of(place): tensor.detach()}))
-    for name, tensor in targets.items():
-        if name not in saved or saved[name].shape != tensor.shape:
-            raise ValueError(f'{part}: {name} is not in {path} with the shape {tuple(tensor.shape)}')
-    _, names = stand_ins(checkpoint[part])
-    with ExitStack() as stack:
-        parts = open_parts(path, checkpoint, [part], threads, stack)
-        for name, tensor in targets.items():
-            if name in names:
-                dcp.load({names[name]: tensor}, parts[part].metadata, parts[part].opened)
-            else:
-                here(tensor).copy_(saved[name])
