@@ -114,8 +114,9 @@ def rounds_of(folder, rounds, steps, seed, sharded):
         compare(whole, cut)
         done['rounds'] += 1
         done['sharded'] += is_sharded
-        print(f'round {i}{", sharded" * is_sharded}{", in parts" * in_parts}: killed {", ".join(told)}; {went_on} went on from a checkpoint; '
-              f'equal; {time.monotonic() - begin:.1f}s', flush=True)
+        kind = ', sharded' * is_sharded + ', in parts' * in_parts
+        print(f'round {i}{kind}: killed {", ".join(told)}; {went_on} went on from a checkpoint; equal; '
+              f'{time.monotonic() - begin:.1f}s', flush=True)
     return done
 
 
