@@ -4,11 +4,12 @@ ask, S that are asked, H heads of D channels.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 if torch.cuda.is_available():
@@ -62,7 +63,9 @@ def attend(q, k, v, mask, is_causal, dropout):
     # It knows no dropout: with that torch writes attention out as well
     if q.device.type == 'cpu' and (dropout or q.dtype == torch.bfloat16 and k.size(2) <= WRITTEN_OUT_TO):
         return drop(attention_weights(q, k, mask, is_causal), dropout) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
+    is_training = is_causal and torch.is_grad_enabled()  # on rows of one length; else there are masks, or caches grow
+    with nullcontext() if is_training else sdpa_kernel(WITHOUT_CUDNN):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
 
 
 def attention_weights(q, k, mask, is_causal):

@@ -7,7 +7,6 @@ arithmetic, so that checkpoints go from one to the other. B rows of T tokens, C 
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import count
 from typing import Literal, get_args
@@ -15,9 +14,8 @@ from typing import Literal, get_args
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.attention import sdpa_kernel
 
-from attention import WITHOUT_CUDNN, WRITTEN_OUT_TO, Dropout, attend, attention_weights, inside_documents, rope, rotate
+from attention import WRITTEN_OUT_TO, Dropout, attend, attention_weights, inside_documents, rope, rotate
 
 HASH = 0x1E3779B97F4A7C15, 0x42B2AE3D27D4EB4F, 0x165667B19E3779F9  # odd factors: of an id, and of those before it
 BACK = len(HASH) - 1  # how many n-grams look at
@@ -277,10 +275,8 @@ class GPT(nn.Module):
         if self.config.embed_norm:
             x = self.transformer.ln_e(x)
         x = self.transformer.drop(x)
-        is_plain = self.config.causal and not caches and documents is None
-        with nullcontext() if is_plain else sdpa_kernel(WITHOUT_CUDNN):
-            for i, block in enumerate(self.transformer.h):
-                x = block(x, turn, caches[i] if caches else None, mask)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, turn, caches[i] if caches else None, mask)
         return self.transformer.ln_f(x)
 
     def ngrams(self, idx, positions, cache):

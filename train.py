@@ -131,7 +131,7 @@ config = overrides.apply(globals(), rules.TRAIN, more_help=presets.help_text(GPT
 # where we start from: nothing, a checkpoint, or OpenAI's weights; those bring the settings of their model along
 
 device = devices.choose_device(device, ranks.local_rank, ranks.world_size)
-ranks.start(backend, device, timeout, lambda: starts.about(config))
+ranks.start(backend, device, timeout, lambda: starts.about(config, device))
 fits_batch = batch_size == 0  # found once there is a model; until then the number that the 0 has replaced counts
 trains = not (test or eval_only or dry_run or find_lr or inspect_step >= 0)  # else nothing of a run is written
 config, saved, is_resume, past = starts.find(config, trains, GPTConfig, device)  # past: the log of a run to be replayed
@@ -167,7 +167,7 @@ def get_batch(split, step, micro_step):
     rows, noise, n_targets = data[split].of_step(rows_per_step, seed, step, sampling, state.rewinds)
     mine = ranks.rows_of(rows_per_step, micro_steps, micro_step)
     rows, noise = rows[mine], noise if noise is None else noise[mine]
-    tokens = data[split].read(rows)  # (batch_size, T + 1)
+    tokens = data[split].read(rows)  # (rows, T + 1)
     x, y = tokens[:, :-1], tokens[:, 1:]  # y is x moved on by one
     x, y, documents = data[split].mark(x, y, rows, noise)  # what is special in pairs, packed documents, hidden tokens
     parts = n_targets / data[split].count(rows, noise) / ranks.world_size
@@ -383,7 +383,7 @@ while True:
     journal.update(state.step, figures)
     if due.line:
         iter_line.take(state.step, figures, norms, weights_before)
-    if due.evaluation and not ranks.is_sharding:
+    if due.evaluation:
         journal.show('histograms', state.step, lambda: gradients.values(raw_model))
         clock.took('step', n=0)
     state.step += 1

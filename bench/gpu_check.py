@@ -599,8 +599,8 @@ def in_one_part(cpu):
     ranks.choose_parallel = lambda *_: None
     config = GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=256, vocab_size=512, **GPTConfig.PRESETS['modern'])
     idx, found = torch.randint(512, (8, 256), device=device), {}
-    for what, is_sharding, offload in ('whole', False, False), ('part', True, False), ('host', True, not cpu):
-        ranks.is_sharding = is_sharding
+    for what, is_fsdp, offload in ('whole', False, False), ('part', True, False), ('host', True, not cpu):
+        ranks.is_fsdp = is_fsdp
         torch.manual_seed(0)
         model = building.build(GPT, config, 'fsdp', True, offload, device, 'bfloat16')
         parameters, average = [*model.parameters()], averages.running(model, 0.9, 0)

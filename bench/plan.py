@@ -75,7 +75,7 @@ def table():
                                compiled=compiled)
             fsdp = replace(ddp, parallel='fsdp')
             hows = [ddp, fsdp if n > 1 else None, replace(fsdp, checkpointing=True)]
-            takes = [how and fitting.total(what, how) / 2**30 for how in hows]
+            takes = [how and memory.total(what, how) / 2**30 for how in hows]
             times = [how and sum(memory.seconds(what, how, peak, mfu, bandwidth * 1e9)) for how in hows]
             best = min((t for t, g in zip(times, takes) if t and g <= fitting.OF_FREE * gpu_gib), default=math.inf)
             tokens = n * micro_steps * rows * block_size

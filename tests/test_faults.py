@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
 
 # in step 3 of the rank that the environment names
 IN_STEP_3 = ('import os, signal, time\nfrom kit.base import peers\nfrom kit.data import batches\n'
-             'peers.ANSWER, peers.LATER, sound = 1, 0.5, batches.torch_seed\n'
+             'peers.REPLY_SECONDS, peers.GRACE_SECONDS, sound = 1, 0.5, batches.torch_seed\n'
              'def torch_seed(seed, step, rank):\n'
              '    if step == 3 and str(rank) == os.environ.get("WHO"):\n'
              '        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # after 30 seconds torchrun would kill it\n'
@@ -157,8 +158,8 @@ def test_all_that_differ_are_counted():
 # the first meeting
 
 
-SOON = 'from kit.base import errors, peers\npeers.COME, errors.time.sleep = 1, lambda s, sound=errors.time.sleep: ' \
-       'sound(min(s, 0.5))\n'
+SOON = 'from kit.base import errors, peers\npeers.JOIN_SECONDS = 1\n' \
+       'errors.time.sleep = lambda s, sound=errors.time.sleep: sound(min(s, 0.5))\n'
 
 
 def test_one_that_never_comes(several, tiny):
@@ -283,3 +284,16 @@ def test_a_rank_that_is_killed_at_random():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "'during a save': 1" in done.stdout and '1 went on from a checkpoint; equal' in done.stdout, done.stdout
+
+
+def test_a_meeting_before_is_not_this_one():
+    """The store of torchrun keeps what was said before a restart, and each torchrun counts its own."""
+    store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    names = []
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:  # rank 0 last: the others find what the meeting before has left
+            others = [pool.submit(peers.meet, store, rank, 3, {}, 'here') for rank in (1, 2)]
+            time.sleep(0.2)
+            names.append(peers.meet(store, 0, 3, {}, 'here'))
+            assert [other.result(20) for other in others] == [names[-1]] * 2
+    assert names[0] != names[1]

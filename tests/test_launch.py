@@ -16,7 +16,7 @@ from kit.base import overrides
 FILES = sorted((ROOT / 'launch').iterdir())
 ARGS = ['--dataset=tiny', *small_run('--batch_size=4')]
 STAND_INS = {
-    'srun': 'exec "$@"',
+    'srun': 'shift; exec "$@"',
     'scontrol': 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi',
 }
 

@@ -47,7 +47,7 @@ def sizes(name):
 def test_the_plan_is_what_a_gpu_measured(name, rows, how, gib):
     setup = memory.Setup(rows * 1024, optimizer='muon:0.02' if name == 'modern' else 'adamw',
                          **dict.fromkeys(how.split(), True))
-    assert fitting.total(sizes(name), setup) / 2**30 == pytest.approx(gib, rel=0.05)  # 0.15 is what was promised
+    assert memory.total(sizes(name), setup) / 2**30 == pytest.approx(gib, rel=0.05)  # 0.15 is what was promised
 
 
 @pytest.mark.parametrize('args', [[], ['--architecture=modern', '--optimizer=muon', '--dtype=float32']])
@@ -86,7 +86,7 @@ def test_what_is_sharded_and_what_is_not():
     offloaded = memory.of_step(what, memory.Setup(1024, parallel='fsdp', world_size=8, offload=True))
     assert offloaded['parameters'] == offloaded['optimizer'] == 0
     assert memory.of_step(what, memory.Setup(1024, is_averaged=True))['optimizer'] == 12 * p
-    assert fitting.total(what, memory.Setup(1024, parallel='fsdp', world_size=1)) == fitting.total(what, one)
+    assert memory.total(what, memory.Setup(1024, parallel='fsdp', world_size=1)) == memory.total(what, one)
 
 
 def test_seconds_of_a_step():
@@ -105,7 +105,7 @@ def test_seconds_of_a_step():
 def test_what_is_offered_fits(name, rows, gib):
     """Each of the ways, read as a user reads it."""
     how = memory.Setup(rows * 1024)
-    assert fitting.total(sizes(name), how) > gib * 2**30
+    assert memory.total(sizes(name), how) > gib * 2**30
     ways = fitting.alternatives(sizes(name), how, rows, gib * 2**30)
     assert ways and any('--parallel=fsdp' in way for way in ways)
     for way in ways:
@@ -117,7 +117,7 @@ def test_what_is_offered_fits(name, rows, gib):
         setup = memory.Setup(batch * 1024, micro_steps=rows // n // batch, world_size=n,
                              parallel=given.get('--parallel', 'ddp'),
                              checkpointing='--activation_checkpointing' in given)
-        assert fitting.total(sizes(name), setup) <= gib * 2**30
+        assert memory.total(sizes(name), setup) <= gib * 2**30
 
 
 @pytest.mark.parametrize('error, first', [(OF_A_GPU, 0), (OF_A_CPU, 6)])

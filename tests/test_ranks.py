@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import GPT2, hooked_script, losses, records, small_run
+from conftest import GPT2, hooked_script, records, small_run
 
 from kit.base import ranks
 from kit.learn import building
@@ -106,7 +106,7 @@ def test_in_parts_as_whole(train, pair, tiny, args):
     assert found['optimizer']['param_groups'] == whole['optimizer']['param_groups']
     assert found['model_args'] == whole['model_args'] and found['scaler'] == whole['scaler']
     assert found['model']['lm_head.weight'].data_ptr() == found['model']['transformer.wte.weight'].data_ptr()
-    assert 'a sample of its own' in parts.out and 'get no graph' in parts.out
+    assert 'a sample of its own' in one.out and 'a model in parts is not shown from inside' in parts.out
 
 
 LOOK = '''
@@ -190,7 +190,6 @@ def test_ddp_exchanges_gradients_once_a_step(pair, tiny):
 
 
 def test_the_first_weights_are_those_of_a_whole_model(monkeypatch):
-    """And of a bare parameter, whose numbers nobody could know, it is said."""
     for preset in GPTConfig.PRESETS.values():
         config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=65, block_size=16, **preset)
         torch.manual_seed(5)
@@ -205,16 +204,25 @@ def test_the_first_weights_are_those_of_a_whole_model(monkeypatch):
             assert torch.equal(value, model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize('added, words', [
-    ('self.scale = nn.Parameter(torch.ones(4))', 'nothing says how transformer.h.0.mlp.scale begins'),
-    ('self.scale = nn.Parameter(torch.tensor(1.0))', 'transformer.h.0.mlp.scale has none'),
-    ('self.register_buffer("table", torch.ones(4))', 'the buffer transformer.h.0.mlp.table')])
-def test_a_changed_model_that_cannot_be_made_in_parts(pair, tiny, added, words):
-    code = ('import torch\nfrom torch import nn\nimport model\nmade = model.MLP.__init__\n'
-            f'def changed(self, config):\n    made(self, config)\n    {added}\nmodel.MLP.__init__ = changed')
+def test_a_changed_model_that_cannot_be_made_in_parts(pair, tiny, capsys):
+    """A parameter without a dimension; a bare one and a buffer, whose numbers nobody could know."""
+    code = ('import torch\nimport model\nmade = model.MLP.__init__\ndef changed(self, config):\n'
+            '    made(self, config)\n    self.scale = torch.nn.Parameter(torch.tensor(1.0))\n'
+            'model.MLP.__init__ = changed')
     result = pair(FSDP, script=hooked_script(tiny, code))
-    assert result.status and words in result.err and 'Traceback' not in result.err, result.err
-    assert '--parallel=ddp' in result.err
+    assert result.status and 'transformer.h.0.mlp.scale has none' in result.err, result.err
+    assert 'Traceback' not in result.err and '--parallel=ddp' in result.err
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=65, block_size=16)
+    for add, words in (lambda module: module.register_parameter('scale', torch.nn.Parameter(torch.ones(4))),
+                       'nothing says how transformer.ln_f.own.scale begins; give its module a method'), (
+            lambda module: module.register_buffer('table', torch.ones(4)), 'the buffer transformer.ln_f.own.table'):
+        models = [GPT(config) for _ in range(2)]
+        for model in models:
+            model.transformer.ln_f.own = torch.nn.Module()
+            add(model.transformer.ln_f.own)
+        with pytest.raises(SystemExit):
+            building.fill(*models)
+        assert words in capsys.readouterr().err
 
 
 LOADED = '''
@@ -247,18 +255,6 @@ def test_saved_by_two_and_loaded_by_others(run, pair, tiny):
         assert all(torch.equal(value, found['model'][name]) for name, value in saved['model'].items())
         assert all(torch.equal(value, moments(found)[key]) for key, value in moments(saved).items())
         (tiny / f'{n}.pt').unlink()
-
-
-def test_a_run_in_parts_goes_on_as_if_nothing_had_happened(pair, tiny):
-    args = '--batch_size=6', '--dropout=0.1', '--ema_decay=0.9', FSDP
-    assert pair(*args, '--out_dir=whole').status == 0
-    assert pair(*args, '--out_dir=cut', '--max_iters=5', '--lr_decay_iters=10').status == 0
-    assert pair(*args, '--out_dir=cut', '--init_from=resume').status == 0
-    whole, cut = weights(tiny / 'whole'), weights(tiny / 'cut')
-    for key in 'model', 'ema':
-        assert all(torch.equal(value, cut[key][name]) for name, value in whole[key].items())
-    assert all(torch.equal(value, moments(cut)[key]) for key, value in moments(whole).items())
-    assert figures(tiny / 'whole') == figures(tiny / 'cut')
 
 
 BAD = '''
@@ -301,8 +297,7 @@ def test_what_else_a_model_in_parts_does(pair, tiny):
 
 @pytest.mark.parametrize('args, words', [
     ([FSDP], "parallel = 'fsdp': it shares a model out over several processes, and this is one alone"),
-    (['--cpu_offload'], 'cpu_offload = True: it takes parts of a model from GPUs to their host'),
-    (['--parallel=fdsp'], "parallel = 'fdsp'"), (['--parallel=True'], 'parallel')])
+    (['--cpu_offload'], 'cpu_offload = True: it takes parts of a model from GPUs to their host')])
 def test_one_process_has_no_parts(train, tiny, args, words):
     result = train(*args)
     assert result.status == 2 and words in result.err and result.err.count('\n') == 1
@@ -316,8 +311,52 @@ def test_bad_input_of_several(pair, tiny):
         assert result.status and words in result.err and 'Traceback' not in result.err, result.err
 
 
+def test_what_has_another_shape_is_not_cut_to_fit(monkeypatch):
+    """It comes back as it is, for load_state_dict to name it on all processes."""
+    monkeypatch.setattr(ranks, 'is_part', lambda tensor: True)
+    for shape in (128, 1), (64, 32), (127, 32):
+        value = torch.zeros(shape)
+        assert ranks.like(value, torch.zeros(128, 32)) is value
+
+
+FAILS = '''
+from kit.base import ranks
+from kit.state import writer
+sound = writer.Copies.storage
+def storage(self, storage):
+    if self.n == 5 and ranks.is_main:
+        raise MemoryError('no memory for the copy')
+    return sound(self, storage)
+writer.Copies.storage = storage
+'''
+
+
+def test_rank_0_without_memory_for_a_copy_leaves_nobody_waiting(pair, tiny):
+    result = pair(FSDP, '--max_iters=6', script=hooked_script(tiny, FAILS))
+    assert result.status == 1 and 'no memory for the copy' in result.out, result.err
+    assert 'step 6: train loss' in result.out and not list((tiny / 'checkpoints').glob('*.pt'))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # activation checkpointing
+
+
+def test_what_attention_may_use_is_the_same_when_made_again(monkeypatch):
+    """cuDNN's attention is for a plain causal pass alone, forward and once more in the backward pass."""
+    import attention
+    sound, allowed = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(*args, **kwargs):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return sound(*args, **kwargs)
+    monkeypatch.setattr(attention.F, 'scaled_dot_product_attention', watched)
+    for causal in True, False:
+        config = GPTConfig(n_layer=1, n_head=1, n_embd=16, vocab_size=65, block_size=16, causal=causal)
+        model = building.build(GPT, config, 'auto', True, False, torch.device('cpu'), 'float32')
+        idx = torch.zeros(2, 16, dtype=torch.int64)
+        model(idx, idx)[1].backward()
+        assert allowed == [causal, causal]
+        allowed.clear()
 
 
 def test_activations_made_again_are_the_same(train, tiny):
@@ -329,9 +368,9 @@ def test_activations_made_again_are_the_same(train, tiny):
     assert all(torch.equal(value, again['model'][name]) for name, value in kept['model'].items())
     assert figures(tiny / 'kept') == figures(tiny / 'again') and again['config']['activation_checkpointing'] is True
     sizes = []
-    for is_made_again in False, True:
+    for checkpointing in False, True:
         model = building.build(GPT, GPTConfig(n_layer=4, n_head=2, n_embd=32, vocab_size=65, block_size=64), 'auto',
-                               is_made_again, False, torch.device('cpu'), 'float32')
+                               checkpointing, False, torch.device('cpu'), 'float32')
         found, idx = [], torch.zeros(2, 64, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(lambda x, found=found: found.append(x.numel()) or x, lambda x: x):
             model(idx, idx)
@@ -339,16 +378,9 @@ def test_activations_made_again_are_the_same(train, tiny):
     assert sizes[1] < 0.5 * sizes[0]
 
 
-def test_losses_of_a_run_with_several_micro_steps(train, pair):
-    """Rows that micro-steps share unevenly: 10 rows on two processes, at most 4 at once."""
-    one = train('--batch_size=10', '--max_iters=4', '--dtype=float32')
-    cut = pair('--batch_size=2', '--gradient_accumulation_steps=5', '--max_iters=4', '--dtype=float32')
-    assert losses(cut) == pytest.approx(losses(one), abs=1e-4) and cut.status == 0
-
-
 def test_shards_of_a_model_in_parts(run, pair, tiny):
     """Saved in shards by two, gone on with by two, bit for bit, by three and by one; and the file that they make."""
-    args = ['--batch_size=6', '--ema_decay=0.9', FSDP, '--sharded', '--dtype=float32']
+    args = ['--batch_size=6', '--ema_decay=0.9', FSDP, '--sharded', '--dtype=float32', '--dropout=0.1']
     assert pair(*args, '--out_dir=whole').status == 0
     assert pair(*args, '--out_dir=cut', '--max_iters=5', '--lr_decay_iters=10').status == 0
     for name in 'three', 'one':
@@ -364,10 +396,9 @@ def test_shards_of_a_model_in_parts(run, pair, tiny):
     for key in 'model', 'ema':
         assert all(torch.equal(value, cut[key][name]) for name, value in whole[key].items())
     assert all(torch.equal(value, moments(cut)[key]) for key, value in moments(whole).items())
-    for other in three, weights(tiny / 'one'):
-        assert furthest(whole['model'], other['model']) < 1e-5 and furthest(whole['ema'], other['ema']) < 1e-5
-        assert furthest(moments(whole), moments(other)) < 1e-5
-    assert figures(tiny / 'one') == pytest.approx(figures(tiny / 'whole'), abs=1e-5)
+    for other in three, weights(tiny / 'one'):  # each process draws a dropout of its own
+        assert furthest(whole['model'], other['model']) < 0.1 and other['iter_num'] == 10
+    assert figures(tiny / 'one') == pytest.approx(figures(tiny / 'whole'), abs=0.1)
 
 
 NONE_WHOLE = '''

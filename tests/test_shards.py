@@ -239,7 +239,7 @@ assert found['model']['b.weight'].data_ptr() == found['model']['tied.weight'].da
 assert len(found['optimizer']['state']) == 5
 assert all(map(torch.equal, moments, [v for v in found['optimizer']['state'][0].values() if v.dim()]))
 
-ranks.is_sharding = True
+ranks.is_fsdp = True
 parts = checkpoints.fetched(left, model)
 for name, tensor in parts['model'].items():
     assert tensor.to_local().shape == model.state_dict()[name].to_local().shape

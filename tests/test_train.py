@@ -266,8 +266,8 @@ def test_another_precision_on_resume(train, trained):
     assert result.status == 0 and list(losses(result)) == [10, 11], result.err
 
 
-def test_torchrun_with_rows_that_cannot_be_shared_out(train, tiny):
-    result = torchrun(tiny, '--batch_size=3')
+def test_rows_that_cannot_be_shared_out(pair, tiny):
+    result = pair('--batch_size=3')
     assert result.status != 0 and not (tiny / 'checkpoints').exists()
     assert result.err.count('train.py: the 3 rows of a step (batch_size x gradient_accumulation_steps) cannot be '
                             'shared out evenly over 2 processes; 1 or 3 can share them, or 4 rows') == 1

@@ -223,6 +223,7 @@ def choose_dtype(name, device, measures=False, n_embd=0, n_tokens=0, is_kept=Fal
     if name == 'float32' and device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0):
         reason += '; matrix products run in TF32, which keeps 10 bits of the 23 behind the point'
     print(f'dtype: {name} ({reason})')
+    ranks.agree('settings', {'dtype': name})
     return name
 
 
@@ -435,11 +436,17 @@ def peak_flops(device, dtype):
     return peak
 
 
+@cache
 def total_memory(device):
-    """Bytes that the device has, or the machine where it has none of its own."""
+    """
+    Bytes that the device has, or this process of the machine where it has none of its own; of several processes the
+    least that one has, since all decide by it alike. The first time they call it together.
+    """
     if device.type == 'cuda':
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+        mine = torch.cuda.get_device_properties(device).total_memory
+    else:
+        mine = psutil.virtual_memory().total // ranks.variable('LOCAL_WORLD_SIZE', 1)
+    return -ranks.highest(-mine)
 
 
 def free_memory(device):

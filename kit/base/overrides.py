@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kit.base import errors
+from kit.base import errors, ranks
 from kit.base.errors import ROOT, Failed, fail, reason, shown
 
 TYPES = int, float, bool, str, type(None)  # of settings
@@ -66,6 +66,8 @@ def apply(settings, rules=(), operands=None, more_help=''):
     Returns the settings as a dict. Arguments count from left to right, the later ones win.
     """
     global running
+    if 'backend' not in settings:  # a script of one process
+        ranks.be_alone()
     if hasattr(sys.stdout, 'reconfigure'):  # no character may end a run on a console that lacks it; live through pipes
         sys.stdout.reconfigure(errors='replace', line_buffering=True)
     sys.excepthook = errors.tell
@@ -262,7 +264,7 @@ def names_in(condition):
 
 
 def override(settings, name, value):
-    if value == 0 and settings[name]:
+    if type(value) is int and value == 0 and settings[name]:
         replaced[name] = settings[name]
     settings[name] = value
     print(f'Overriding: {name} = {value}')

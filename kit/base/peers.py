@@ -13,12 +13,14 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 from kit.base.errors import Failed, fail, reason, shown
 
-COME = 600.0  # seconds that all have to come to the first meeting
-ANSWER = 30.0  # seconds that those that live have to say so, once one of them has waited in vain for another
-LATER = 2.0  # seconds that the others give one of them to tell what is wrong
+JOIN_SECONDS = 600.0  # seconds that all have to come to the first meeting
+QUIET_SECONDS = 10.0  # until it is said that some are still waited for
+REPLY_SECONDS = 30.0  # seconds that those that live have to say so, once one of them has waited in vain for another
+GRACE_SECONDS = 2.0  # seconds that the others give one of them to tell what is wrong
 
 REMEDY = {
     'number of processes': 'start them all with the same WORLD_SIZE, or with torchrun',
@@ -49,13 +51,17 @@ def reach(host, port, seconds):
     Wait until somebody listens at that address; where nobody does in that time, the end. torch, too, tries again and
     again, and warns of each.
     """
-    end = time.monotonic() + seconds
+    begin, is_told = time.monotonic(), False
     while True:
         try:
             socket.create_connection((host, port), timeout=max(1.0, min(10.0, seconds))).close()
             return
         except OSError as error:
-            if time.monotonic() > end:
+            if time.monotonic() > begin + QUIET_SECONDS and not is_told:
+                print(f'{host}:{port}: nobody answers there yet ({reason(error)}); it is tried again, for '
+                      f'{duration(seconds)} at most', flush=True)
+                is_told = True
+            if time.monotonic() > begin + seconds:
                 fail(f'MASTER_ADDR={host} MASTER_PORT={port}: nobody answers there, tried for {duration(seconds)} '
                      f'({reason(error)}); start rank 0 there, or all with torchrun')
         time.sleep(min(0.5, seconds / 10))
@@ -76,33 +82,60 @@ def meet(store, rank, world_size, about, address):
     """
     Wait until all processes are there, and see that all run the same. Else rank 0 says what is wrong and all end, with
     status 2. about: {kind: {name: value}} of this process, kinds as in REMEDY. address: where they meet, in words.
+
+    Returns the name of this meeting, with which all keys of it begin: the store still holds what the processes before a
+    restart have put there, and each torchrun counts its restarts for itself.
     """
-    me = {'host': platform.node(), 'pid': os.getpid(),
+    me = {'host': platform.node(), 'pid': os.getpid(), 'once': uuid4().hex,
           'about': {'number of processes': {'WORLD_SIZE': world_size}, **about}}
-    store.set(f'here/{rank}', json.dumps(me))
     if rank:
-        if wait_for(store, ['verdict'], COME + 60):
-            fail(f'rank 0 does not answer at {address}, tried for {duration(COME + 60)}; see what it says itself')
-        if store.get('verdict') != b'go on':
-            store.set(f'heard/{rank}', '')
-            time.sleep(LATER)  # torchrun ends the others when the first leaves, and that should be rank 0
-            raise Failed(2)
-        return
-    missing = wait_for(store, [f'here/{other}' for other in range(world_size)], COME)
-    if missing:
-        absent = [int(key.split('/')[1]) for key in missing]
-        problem = (f'{world_size - len(absent)} of {world_size} processes have come to {address} within '
-                   f'{duration(COME)}: {named(absent, {})} did not; see what is said there, or start all with torchrun')
+        return join(store, rank, me, address)
+    name, others = uuid4().hex, range(1, world_size)
+    store.set(f'{name}/here/0', json.dumps(me))
+    store.set('meeting', name)
+    keys = [f'{name}/here/{other}' for other in others]
+    missing = wait_for(store, keys, min(QUIET_SECONDS, JOIN_SECONDS))
+    if missing and JOIN_SECONDS > QUIET_SECONDS:
+        print(f'{len(missing)} of {world_size} processes have not come to {address} yet; it is waited for them, for '
+              f'{duration(JOIN_SECONDS)} at most', flush=True)
+        missing = wait_for(store, missing, JOIN_SECONDS - QUIET_SECONDS)
+    absent = [other for other in others if f'{name}/here/{other}' in missing]
+    people = [me] + [json.loads(store.get(f'{name}/here/{other}')) for other in others if other not in absent]
+    if absent:
+        problem = (f'{len(people)} of {world_size} processes have come to {address} within '
+                   f'{duration(JOIN_SECONDS)}: {named(absent, {})} did not; see what is said there, or start all with '
+                   'torchrun')
     else:
-        problem = difference([json.loads(store.get(f'here/{other}')) for other in range(world_size)])
+        problem = difference(people)
+    verdict = json.dumps({'is_good': not problem, 'for': [person['once'] for person in people]})
     if not problem:
-        store.set('verdict', 'go on')
-        return
+        store.set(f'{name}/verdict', verdict)
+        return name
     try:
         fail(problem)
     finally:
-        store.set('verdict', 'end')  # behind the line: whoever hears of it ends, and torchrun then ends all
-        wait_for(store, [f'heard/{other}' for other in range(1, world_size) if f'here/{other}' not in missing], 5)
+        store.set(f'{name}/verdict', verdict)  # behind the line: whoever hears of it ends, and torchrun then ends all
+        wait_for(store, [f'{name}/heard/{other}' for other in others if other not in absent], 5)
+
+
+def join(store, rank, me, address):
+    """meet, of the others than rank 0."""
+    limit, name, pause = JOIN_SECONDS + 60, None, 0.005
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        if store.check(['meeting']) and (newest := store.get('meeting').decode()) != name:
+            name = newest
+            store.set(f'{name}/here/{rank}', json.dumps(me))
+        verdict = json.loads(store.get(f'{name}/verdict')) if name and store.check([f'{name}/verdict']) else {}
+        if me['once'] in verdict.get('for', ()):  # else it was for one that had this rank before
+            if verdict['is_good']:
+                return name
+            store.set(f'{name}/heard/{rank}', '')
+            time.sleep(GRACE_SECONDS)  # torchrun ends the others when the first leaves, and that should be rank 0
+            raise Failed(2)
+        time.sleep(pause)
+        pause = min(0.5, 1.5 * pause)
+    fail(f'rank 0 does not answer at {address}, tried for {duration(limit)}; see what it says itself')
 
 
 def difference(people):
@@ -152,46 +185,53 @@ def is_dead(person):
         return True
 
 
-def tell_lost(store, rank, world_size, how, minutes):
+def tell_lost(store, rank, world_size, how, minutes, error):
     """
     One line on stderr, in one of the processes, on those that answer no more. Each that lives comes here when it has
-    waited in vain, and says so in the store. how: as lost() says it. minutes: that this one has waited.
+    waited in vain, and says so in the store. how: as lost() says it. minutes: that this one has waited. error: what
+    torch says, in words.
     """
     others = [other for other in range(world_size) if other != rank]
     try:
         at = store.underlying_store  # torch would say with a page of its own that nobody is there
-        socket.create_connection((at.host, at.port), timeout=ANSWER).close()
+        socket.create_connection((at.host, at.port), timeout=REPLY_SECONDS).close()
         store.set(f'waited/{rank}', how)
         people = {other: json.loads(store.get(f'here/{other}')) for other in range(world_size)}
         begin, silent, dead = time.monotonic(), others, []
-        while set(silent) != set(dead) and time.monotonic() < begin + (LATER if dead else ANSWER):
+        while set(silent) != set(dead) and time.monotonic() < begin + (GRACE_SECONDS if dead else REPLY_SECONDS):
             silent = [other for other in others if not store.check([f'waited/{other}'])]
             dead = [other for other in silent if is_dead(people[other])]
             time.sleep(0.1)
         answered = [other for other in range(world_size) if other not in silent]
         is_timeout = b'timeout' in [store.get(f'waited/{other}') for other in answered]
         store.set(f'knows/{rank}', '')
-    except (OSError, RuntimeError):  # the store is rank 0's, where no torchrun has one
-        silent, dead, answered, people, is_timeout = [0], [], [rank], {}, False
+    except (OSError, RuntimeError):  # of who holds the store
+        holder = 'torchrun' if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' else 'rank 0'
+        print(f'{Path(sys.argv[0]).name}: {holder} has ended or cannot be reached ({error}), and the run cannot go on',
+              file=sys.stderr, flush=True)
+        return
     if rank == min(answered):
-        message = words_on_lost(dead or silent, people, bool(dead), is_timeout, minutes)
+        message = words_on_lost(dead or silent, people, bool(dead), is_timeout, minutes, error)
         print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr, flush=True)
     else:
-        time.sleep(LATER)
+        time.sleep(GRACE_SECONDS)
     if rank == 0:  # which may hold the store
-        wait_for(store, [f'knows/{other}' for other in answered], LATER)
+        with suppress(OSError, RuntimeError):
+            wait_for(store, [f'knows/{other}' for other in answered], GRACE_SECONDS)
 
 
-def words_on_lost(ranks, people, is_dead, is_timeout, minutes):
+def words_on_lost(ranks, people, is_dead, is_timeout, minutes, error):
     """The line of tell_lost."""
     logs = "torchrun's --log-dir=logs --tee=3 keeps what each process says"
     each = ', '.join(f'rank {rank}' + (f' (host {people[rank]["host"]}, process {people[rank]["pid"]})'
                                        if rank in people else '') for rank in ranks)
     have = 'has' if len(ranks) == 1 else 'have'
     if not ranks:
-        return f'the connection between the processes broke, and all of them are there; {logs}'
-    if is_dead or not is_timeout:
-        return f'{each} {have} ended{"" if is_dead else " or cannot be reached"}, and the run cannot go on; {logs}'
+        return f'the connection between the processes broke, and all of them are there ({error}); {logs}'
+    if is_dead:
+        return f'{each} {have} ended, and the run cannot go on; {logs}'
+    if not is_timeout:
+        return f'{each} {have} ended or cannot be reached ({error}), and the run cannot go on; {logs}'
     pid = people[ranks[0]]['pid'] if ranks[0] in people else 'PID'
     return (f'{each} {have} not answered for {minutes:g} minutes (--timeout), and the run ends; while one hangs, '
             f'py-spy dump --pid {pid} shows where, and {logs}')

@@ -1,5 +1,6 @@
 """
-Several processes as one run: what torchrun started, wrapped and summed. The one module that knows torch.distributed.
+Several processes as one run: what torchrun started, wrapped and summed. The one module that knows torch.distributed
+(but for kit/state/dcp.py, which knows how it writes checkpoints).
 
 $ torchrun --standalone --nproc_per_node=4 train.py
 
@@ -11,12 +12,11 @@ import os
 import platform
 import sys
 import threading
-import time
 from datetime import timedelta
 from functools import partial
 
 from kit.base import peers
-from kit.base.errors import explained, fail
+from kit.base.errors import explained, fail, reason
 
 
 def variable(name, default):
@@ -40,9 +40,22 @@ LAST_WRITE = 60.0  # seconds that a checkpoint on its way to the disk has to arr
 
 MOST_OF_A_DEVICE = 0.6  # for the model with gradients and moments; the rest is for activations
 
+WRITING = 'checkpoint'  # the name of threads that write one: the end waits for these, and for no pool of torch's own
+
 between_hosts = None  # the group of gloo's that is so patient
 in_step = None        # one that is not; None = the default group, which is gloo's then
-is_sharding = False   # whether each process holds a part of the model, see choose_parallel
+is_fsdp = False   # whether each process holds a part of the model, see choose_parallel
+
+
+def be_alone():
+    """
+    For a script of one process: what the environment says of others, as in a pod or a job that trains with several, is
+    not about it. Several of it would write the same files.
+    """
+    global rank, world_size, is_main
+    if world_size > 1 and 'TORCHELASTIC_RUN_ID' in os.environ:
+        fail('one process does all of this; start it with python, without torchrun')
+    rank, world_size, is_main = 0, 1, True
 
 
 def cores():
@@ -61,6 +74,8 @@ def start(backend, device, minutes, about):
     if world_size == 1:
         return
     import torch.distributed as dist
+    if backend == 'nccl' and device.type != 'cuda':
+        fail(f"backend = 'nccl': it is for GPUs, and device is {device.type}; --backend=auto")
     if backend == 'auto':
         backend = 'nccl' if device.type == 'cuda' and dist.is_nccl_available() else 'gloo'
     if missing := [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]:
@@ -69,16 +84,14 @@ def start(backend, device, minutes, about):
     host, port, limit = os.environ['MASTER_ADDR'], variable('MASTER_PORT', 1), timedelta(minutes=minutes)
     if port >= 2**16:
         fail(f'the environment has MASTER_PORT={port}; a port is a number below 65,536, or start with torchrun')
-    # torch's own rendezvous would wait for 30 minutes, and then not know who is missing; and torchrun's store holds
-    # what those before a restart have put there
+    # torch's own rendezvous would wait for 30 minutes, and then not know who is missing
     is_torchruns = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
     if is_torchruns or not is_main:
-        peers.reach(host, port, peers.COME)
+        peers.reach(host, port, peers.JOIN_SECONDS)
     with explained(f'the processes cannot meet at {host}:{port}', 'start them with torchrun'):
         store = dist.TCPStore(host, port, is_master=is_main and not is_torchruns, wait_for_workers=False,
-                              timeout=timedelta(seconds=peers.COME))
-        store = dist.PrefixStore(f'restart_{variable("TORCHELASTIC_RESTART_COUNT", 0)}', store)
-        peers.meet(store, rank, world_size, about(), f'{host}:{port}')
+                              timeout=timedelta(seconds=peers.JOIN_SECONDS))
+        store = dist.PrefixStore(peers.meet(store, rank, world_size, about(), f'{host}:{port}'), store)
         # what nccl waits for cannot be named: the hosts, which wait for each other in every step, find it first
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                                 timeout=limit + timedelta(minutes=5) if backend == 'nccl' else limit,
@@ -95,13 +108,17 @@ def tell(before, store, minutes, kind, error, trace):
     if not (how := peers.lost(error)):
         before(kind, error, trace)
         return
-    peers.tell_lost(store, rank, world_size, how, minutes)
-    end = time.monotonic() + LAST_WRITE
-    for thread in threading.enumerate():  # such as one that writes a checkpoint
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join(max(0.0, end - time.monotonic()))
+    peers.tell_lost(store, rank, world_size, how, minutes, reason(error))
+    wait_for_writes(LAST_WRITE)
     sys.stdout.flush()
     os._exit(1)  # as in leave
+
+
+def wait_for_writes(seconds=None):
+    """Until the threads that write a checkpoint have ended, or so long."""
+    for thread in threading.enumerate():
+        if thread.name == WRITING:
+            thread.join(seconds)
 
 
 def agree(kind, things):
@@ -125,7 +142,7 @@ def wait():
 
 def wrap(model, device):
     """The model with its gradients averaged over the processes: DDP, or as it is where shard() has seen to that."""
-    if world_size == 1 or is_sharding:
+    if world_size == 1 or is_fsdp:
         return model
     from torch.nn.parallel import DistributedDataParallel
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
@@ -153,7 +170,7 @@ def rows_of(n_rows, micro_steps, micro_step):
 
 def exchange_gradients(model, now):
     """Whether the next backward pass of a model that wrap() gave averages the gradients over the processes."""
-    if is_sharding:
+    if is_fsdp:
         model.set_requires_gradient_sync(now)
     elif world_size > 1:
         model.require_backward_grad_sync = now
@@ -172,28 +189,27 @@ def total(tensor):
 # each the first dimension is cut as torch.chunk does it; what lies here is its local part, maybe nothing
 
 
-def choose_parallel(name, needed, total, device):
+def choose_parallel(name, needed, has, device):
     """
-    auto, ddp (each process holds the whole model) or fsdp (each holds a part). needed, total: bytes that the model
+    auto, ddp (each process holds the whole model) or fsdp (each holds a part). needed, has: bytes that the model
     takes with its gradients and moments, and that a device has.
     """
-    global is_sharding
+    global is_fsdp
     if name == 'fsdp' and world_size == 1:
         fail("parallel = 'fsdp': it shares a model out over several processes, and this is one alone; start them with "
              'torchrun, or leave --parallel out')
     if world_size == 1:
         return
-    reason = 'as asked'
+    why = 'as asked'
     if name == 'auto':
-        name = 'fsdp' if needed > MOST_OF_A_DEVICE * total else 'ddp'
-        reason = (f'the model with gradients and moments takes {needed / 2**30:.3g} GiB, a device has '
-                  f'{total / 2**30:.3g}')
-    is_sharding = name == 'fsdp'
+        name = 'fsdp' if needed > MOST_OF_A_DEVICE * has else 'ddp'
+        why = f'the model with gradients and moments takes {needed / 2**30:.3g} GiB, a device has {has / 2**30:.3g}'
+    is_fsdp = name == 'fsdp'
     import torch.distributed as dist
-    if is_sharding and device.type == 'cuda' and dist.get_backend() != 'nccl':
+    if is_fsdp and device.type == 'cuda' and dist.get_backend() != 'nccl':
         fail(f"parallel = 'fsdp': on GPUs it takes nccl, and backend is {dist.get_backend()}, with which torch 2.11 "
              'broke off where parts of a tensor were put together; --backend=nccl')
-    print(f'parallel: {name} ({reason})')
+    print(f'parallel: {name} ({why})')
 
 
 def shard(model, blocks, device, dtype, cpu_offload):
@@ -204,7 +220,7 @@ def shard(model, blocks, device, dtype, cpu_offload):
     """
     import torch
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     if scalars := [name for name, p in model.named_parameters() if p.dim() == 0]:
         fail(f"parallel = 'fsdp': a parameter needs a dimension, and {scalars[0]} has none; give it the shape (1,), or "
              'take --parallel=ddp')
@@ -218,15 +234,12 @@ def shard(model, blocks, device, dtype, cpu_offload):
     for block in blocks:
         fully_shard(block, mp_policy=policy, **how)
     fully_shard(model, **how)  # what is outside of the blocks is read in float32: there the stream begins and ends
-    for method in 'prefill', 'decode':
-        if hasattr(model, method):
-            register_fsdp_forward_method(model, method)  # it is called as forward is
     model.to_empty(device='cpu' if cpu_offload else device)
 
 
 def reshard(model):
     """Leave what a pass without a backward pass has gathered."""
-    if is_sharding and hasattr(model, 'reshard'):
+    if is_fsdp and hasattr(model, 'reshard'):
         model.reshard()
 
 
@@ -252,62 +265,54 @@ def at_work(tensor):
     return local(tensor).to(tensor.device_mesh.device_type)
 
 
-def placed(local, like, placements, shape):
-    """A tensor of a shape in parts over the processes of another; local: the part that lies here."""
+def placed(mine, other, placements, shape):
+    """A tensor of a shape in parts over the processes of another; mine: the part that lies here."""
     from torch.distributed.tensor import DTensor
     stride = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
-    return DTensor.from_local(local.contiguous(), like.device_mesh, placements, shape=shape, stride=stride)
-
-
-def gather(tree):
-    """Take part in whole() for all tensors in nested dicts and lists, once for each that lies here."""
-    from torch.utils._pytree import tree_leaves
-    seen = set()
-    for leaf in filter(is_part, tree_leaves(tree)):
-        place = local(leaf).untyped_storage()._cdata
-        if place not in seen:
-            whole(leaf)
-            seen.add(place)
+    return DTensor.from_local(mine.contiguous(), other.device_mesh, placements, shape=shape, stride=stride)
 
 
 def like(value, tensor):
-    """A whole tensor, which each process has, as one in parts where the other tensor is that."""
-    if not is_part(tensor):
+    """
+    A whole tensor, which each process has, as one in parts where the other tensor is that; as it is where its shape is
+    another, for who takes it to say so.
+    """
+    if not is_part(tensor) or value.shape != tensor.shape:
         return value
     mine = local(value) if is_part(value) else mine_of(value)
     return placed(mine.to(tensor.device), tensor, tensor.placements, tensor.shape)
 
 
-def mine_of(whole):
+def mine_of(tensor):
     """What this process has of a tensor that is cut, as all are here, in its first dimension."""
-    parts = whole.chunk(world_size)
-    return parts[rank] if rank < len(parts) else whole[:0]
+    parts = tensor.chunk(world_size)
+    return parts[rank] if rank < len(parts) else tensor[:0]
 
 
-def empty_part(meta, like):
+def empty_part(meta, other):
     """A tensor of the shape of one on the meta device, in parts as another is, in the memory of the host."""
     import torch
-    return placed(torch.empty_like(mine_of(meta), device='cpu'), like, like.placements, meta.shape)
+    return placed(torch.empty_like(mine_of(meta), device='cpu'), other, other.placements, meta.shape)
 
 
-def whole_matrices(parts, like):
+def whole_matrices(parts, matrix):
     """
     (n, rows here, columns), the local parts of n matrices such as one -> (n here, rows, columns), some of them whole,
     on the device that computes.
     """
-    return recut(parts.to(like.device_mesh.device_type), like, (len(parts), *like.shape), 1, 0)
+    return recut(parts.to(matrix.device_mesh.device_type), matrix, (len(parts), *matrix.shape), 1, 0)
 
 
-def parts_of_matrices(matrices, like, n):
+def parts_of_matrices(matrices, matrix, n):
     """The way back from whole_matrices."""
-    return recut(matrices, like, (n, *like.shape), 0, 1).to(like.device)
+    return recut(matrices, matrix, (n, *matrix.shape), 0, 1).to(matrix.device)
 
 
-def recut(local, like, shape, before, after):
+def recut(mine, matrix, shape, before, after):
     """What lies here of a stack (n, rows, columns) cut in one dimension -> what does when it is cut in another."""
     from torch.distributed.tensor import Replicate, Shard
-    stack = placed(local, like, [Shard(before)], shape)
-    if local.device.type == 'cpu':  # gloo has no other way, and torch would warn of it
+    stack = placed(mine, matrix, [Shard(before)], shape)
+    if mine.device.type == 'cpu':  # gloo has no other way, and torch would warn of it
         stack = stack.redistribute(placements=[Replicate()])
     return stack.redistribute(placements=[Shard(after)]).to_local()
 
@@ -318,6 +323,10 @@ def norms_of_all(norms, tensor):
         return norms
     squares = norms.to(tensor.device_mesh.device_type).double().square()
     return total(squares).sqrt().to(norms.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the processes say to each other, and the end
 
 
 def highest(number):
@@ -377,9 +386,7 @@ def leave(status=0):
     """End the script, all processes together. To be called where nothing is left to close."""
     if world_size > 1:
         import torch.distributed as dist
-        for thread in threading.enumerate():  # such as one that writes a checkpoint
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
+        wait_for_writes()
         dist.barrier(group=between_hosts)
         dist.destroy_process_group()
         sys.stdout.flush()

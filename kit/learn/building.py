@@ -20,10 +20,12 @@ def build(GPT, config, parallel, activation_checkpointing, cpu_offload, device, 
         plain = GPT(config)  # shapes alone
     n_bytes = sum(p.numel() * p.element_size() for p in plain.parameters())
     ranks.choose_parallel(parallel, 4 * n_bytes, devices.total_memory(device), device)  # weight, gradient, two moments
-    if cpu_offload and not (ranks.is_sharding and device.type == 'cuda'):
+    if cpu_offload and not (ranks.is_fsdp and device.type == 'cuda'):
         fail('cpu_offload = True: it takes parts of a model from GPUs to their host; --parallel=fsdp on several, or '
              'leave it out')
-    if ranks.is_sharding:
+    if cpu_offload and dtype == 'float16':
+        fail('cpu_offload = True: the loss scale of float16 is not kept between hosts; --dtype=bfloat16 or float32')
+    if ranks.is_fsdp:
         model = copy.deepcopy(plain)
         ranks.shard(model, model.blocks(), device, dtype, cpu_offload)
         fill(model, plain)
@@ -31,7 +33,7 @@ def build(GPT, config, parallel, activation_checkpointing, cpu_offload, device, 
         model = GPT(config).to(device)
     if activation_checkpointing:
         for block in model.blocks():
-            block.forward = partial(made_again, block.forward)
+            block.forward = partial(recomputed, block.forward)
     return model
 
 
@@ -67,7 +69,7 @@ def take(part, numbers):
     ranks.local(part).copy_(ranks.local(ranks.like(numbers, part)))
 
 
-def made_again(forward, *args):
+def recomputed(forward, *args):
     """
     Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): of a block its input alone is kept, and the backward
     pass makes the rest again, with the same dropout.

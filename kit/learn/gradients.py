@@ -86,12 +86,14 @@ def by_layer(model, rows):
 def values(model):
     """
     {"Parameters/<name>": array, "Gradients/<name>": array} of at most SAMPLE values of each, for histograms. After
-    an update, so the gradients are as they were clipped; bad numbers are left out. Waits for the device.
+    an update, so the gradients are as they were clipped; bad numbers are left out. Of a model in parts those of this
+    process. Waits for the device.
     """
     found = {}
     for name, p in model.named_parameters():
         for kind, tensor in ('Parameters', p.detach()), ('Gradients', p.grad):
             if tensor is not None:
+                tensor = ranks.local(tensor)
                 some = spread(torch.view_as_real(tensor) if tensor.is_complex() else tensor).float()
                 found[f'{kind}/{name}'] = some[some.isfinite()].cpu().numpy()
     return found

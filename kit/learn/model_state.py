@@ -27,7 +27,7 @@ def load(model, state):
     model.load_state_dict({name: ranks.like(value, own.get(name)) for name, value in state.items()})
     # seen here, since float32 may not hold what float64 did
     bad = [name for name, p in model.named_parameters() if not is_finite(ranks.local(p))]
-    if bad := sum(ranks.from_all(bad) if ranks.is_sharding else [bad], []):
+    if bad := sum(ranks.from_all(bad) if ranks.is_fsdp else [bad], []):
         raise ValueError(f'{bad[0]} holds numbers that are not finite')
 
 

@@ -5,9 +5,7 @@ import os
 import shlex
 from pathlib import Path
 
-import torch
-
-from kit.base import ranks, signals
+from kit.base import overrides, ranks, signals
 from kit.base.errors import reason
 from kit.run.due import BAD_STEPS
 from kit.state import checkpoints, shards
@@ -23,7 +21,7 @@ def finish(due, clock, s, model, data, meta, journal, device, dtype):
     """
     step, out_dir = due.state.step, s['out_dir']
     if due.end in signals.STOP:
-        show_how_to_go_on(due.end, step, out_dir)
+        show_how_to_go_on(due.end, step, s)
         return signals.status(due.end)
     signals.obey()
     # not where a signal came: who sends it waits for some seconds only
@@ -33,13 +31,12 @@ def finish(due, clock, s, model, data, meta, journal, device, dtype):
         return 1
     show_why(due, out_dir, model)
     print(clock.in_words())
-    if ranks.is_main or ranks.is_sharding:  # in a pass of a model in parts all take part
+    if ranks.is_main:
         try:
-            with torch.compiler.set_stance('force_eager'):  # compiled blocks would be so anew for each length of a text
+            if not ranks.is_fsdp:  # in each pass of a model in parts all processes would have to take part
                 samples.show(model, data, meta, device, dtype)
         except Exception as error:  # the verdict is worth more, and a model that went astray may not write
             print(f'no sample: {reason(error)}')
-    if ranks.is_main:
         print('\n'.join(diagnosis.verdict(journal.history)))
         is_sound = all(map(math.isfinite, journal.history.get('val/loss', 1)[1]))
         show_next_commands(out_dir, model.config.causal, is_sound)
@@ -74,14 +71,20 @@ def show_why(due, out_dir, model):
               'others')
 
 
-def show_how_to_go_on(signal, step, out_dir):
-    """What a run says that a signal has stopped."""
-    where = '' if out_dir == 'checkpoints' else f' --out_dir={shlex.quote(out_dir)}'
-    saved = checkpoints.peek(Path(out_dir) / 'ckpt.pt').get('iter_num', 0)
+def show_how_to_go_on(signal, step, s):
+    """What a run says that a signal has stopped. s: the settings."""
+    where = '' if s['out_dir'] == 'checkpoints' else f' --out_dir={shlex.quote(s["out_dir"])}'
+    start = 'python'
+    if ranks.world_size > 1:  # with what a resume does not take over
+        is_one_node = ranks.variable('LOCAL_WORLD_SIZE', 1) == ranks.world_size
+        start = f'torchrun {f"--standalone --nproc_per_node={ranks.world_size}" if is_one_node else "..."}'
+        where += ''.join(f' --{name}={s[name]}' for name in ('parallel', 'cpu_offload', 'sharded')
+                         if name in overrides.given)
+    saved = checkpoints.peek(Path(s['out_dir']) / 'ckpt.pt').get('iter_num', 0)
     if saved:
         print(f'{signal}: stopped after {step} steps; this goes on '
               f'{"as if it had not been" if saved == step else f"after step {saved}, the last that was saved"}:\n'
-              f'  python train.py{where} --init_from=resume')
+              f'  {start} train.py{where} --init_from=resume')
     else:
         print(f'{signal}: stopped after {step} steps; there is nothing to go on from yet')
 

@@ -36,7 +36,7 @@ def show(s, model, raw_model, batch, meta, micro_steps, device, dtype, is_new):
     takes = sum(memory.of_step(what, how).values())
     fitting.explain(s['batch_size'] * s['gradient_accumulation_steps'], what, how, device)
     print(f'model: {raw_model.count_params() / 1e6:.2f}M parameters in {c.n_layer} layers of {c.n_head} heads and '
-          f'{c.n_embd} channels; training takes about {fitting.shown(takes)} of memory beside the program')
+          f'{c.n_embd} channels; training takes about {fitting.in_words(takes)} of memory beside the program')
     n_targets = int((y >= 0).sum())
     print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is '
           + ('x moved on by one token' if c.causal else 'what x hides, at its own place')
@@ -90,7 +90,7 @@ def choose(s, model, raw_model, batch, micro_steps, n_steps, device, dtype):
     whole_run = 60 * s['max_minutes'] if s['max_minutes'] and not s['find_lr'] else seconds * micro_steps * n_steps
     is_compiled, why = devices.choose_compile(s['compile'], device, whole_run)
     if is_compiled:
-        parts = raw_model.blocks() if ranks.is_sharding else [raw_model]  # what is gathered for a part stays outside
+        parts = raw_model.blocks() if ranks.is_fsdp else [raw_model]  # what is gathered for a part stays outside
         mode = devices.choose_compile_mode(s['compile_mode'], device, flops, micro_steps)
         try:
             for part in parts:
@@ -159,7 +159,8 @@ def plan(s, step, warmup, seconds, steps_per_epoch, data):
     """What a step and the run will be; s: the settings, seconds: of a step, data: the Rows of train."""
     rows, n, length = s['batch_size'] * s['gradient_accumulation_steps'], s['max_iters'], data.mean_length
     print(f'a step: {s["batch_size"]} rows x {s["gradient_accumulation_steps"]} micro-steps x '
-          f'{f"{length:.1f} (on average)" if length % 1 else int(length)} tokens = {round(rows * length):,} tokens')
+          f'{f"{length:.1f} (on average)" if length % 1 else int(length)} tokens = {round(rows * length):,} tokens'
+          + (f', shared out over {ranks.world_size} processes' if ranks.world_size > 1 else ''))
     if s['max_minutes']:
         print(f'the run: {s["max_minutes"]:g} minutes, counted from the start of the program')
         return

@@ -18,17 +18,14 @@ CPU_TOKENS = 2**13  # in a micro-step of a CPU at most: its caches hold less, an
 def setup(s, tokens, micro_steps, device, dtype):
     """The memory.Setup of a run with the settings s, not yet compiled. tokens: of a micro-step of this process."""
     return memory.Setup(
-        tokens, dtype, device.type, s['optimizer'], bool(s['ema_decay'] or s['swa_start']), micro_steps,
-        ranks.world_size, 'fsdp' if ranks.is_sharding else 'ddp', s['activation_checkpointing'], s['cpu_offload'])
+        tokens=tokens, dtype=dtype, device=device.type, optimizer=s['optimizer'],
+        is_averaged=bool(s['ema_decay'] or s['swa_start']), micro_steps=micro_steps, world_size=ranks.world_size,
+        parallel='fsdp' if ranks.is_fsdp else 'ddp', checkpointing=s['activation_checkpointing'],
+        offload=s['cpu_offload'])
 
 
-def total(what, how):
-    """Bytes of a step at its peak."""
-    return sum(memory.of_step(what, how).values())
-
-
-def shown(n):
-    """Bytes in words."""
+def in_words(n):
+    """A number of bytes."""
     unit, size = next((unit, size) for unit, size in (('GiB', 2**30), ('MiB', 2**20), ('KiB', 0)) if n >= size)
     return f'{n / (size or 2**10):.{1 if size == 2**30 else 0}f} {unit}'
 
@@ -38,8 +35,8 @@ def explain(rows, what, how, device):
     Have an error for want of memory say what a step takes by plan, what there is, and which settings would fit.
     rows: of a step, over all processes.
     """
-    takes, has = total(what, how), devices.free_memory(device)
-    words = f'a step takes about {shown(takes)} by plan, {device} had {shown(has)} free as the run began'
+    takes, has = memory.total(what, how), devices.free_memory(device)
+    words = f'a step takes about {in_words(takes)} by plan, {device} had {in_words(has)} free as the run began'
     if takes > OF_FREE * has:
         ways = alternatives(what, how, rows, OF_FREE * has)
         words += f'; what would fit: {"; or ".join(ways) or "a smaller model, or a device that has more"}'
@@ -59,7 +56,7 @@ def alternatives(what, how, rows, room):
     """
     now, ways = how.tokens // what.block_size, []
     options = [''] if how.checkpointing else ['', '--activation_checkpointing']
-    numbers = [n for n in (2, 4, 8, 16, 32, 64) if n > how.world_size - (not how.is_sharded) and rows % n == 0]
+    numbers = [n for n in (2, 4, 8, 16, 32, 64) if n > how.world_size - (not how.is_fsdp) and rows % n == 0]
     for n_devices in [how.world_size, *(numbers if how.device == 'cuda' else [])]:
         found = []
         for option in options:
@@ -89,29 +86,29 @@ def show(s, model, micro_steps, seconds, device, dtype):
     how = replace(setup(s, rows * s['block_size'], micro_steps, device, dtype), compiled=s['compile'])
     parts, free = memory.of_step(what, how), devices.free_memory(device)
     takes = sum(parts.values())
-    print(f'memory of a step, by plan: {shown(takes)} at its peak: '
-          + ', '.join(f'{name} {shown(n)}' for name, n in parts.items() if n >= takes / 200)
-          + f'; {device} has {shown(free)} free of {shown(devices.total_memory(device))}')
+    print(f'memory of a step, by plan: {in_words(takes)} at its peak: '
+          + ', '.join(f'{name} {in_words(n)}' for name, n in parts.items() if n >= takes / 200)
+          + f'; {device} has {in_words(free)} free of {in_words(devices.total_memory(device))}')
     print(f'time of a step: about {1000 * seconds:.0f}ms, by the passes above, without the optimizer'
           + (' and the exchange between processes' if how.world_size > 1 else ''))
     others = {}
     if not how.checkpointing:
         others['--activation_checkpointing'] = replace(how, checkpointing=True)
-    if how.world_size > 1 and not how.is_sharded:
+    if how.world_size > 1 and not how.is_fsdp:
         others[f'--parallel=fsdp on these {how.world_size} processes'] = replace(how, parallel='fsdp')
         if not how.checkpointing:
             others['both'] = replace(how, parallel='fsdp', checkpointing=True)
     for words, other in others.items():
         longer = memory.flops(what, other) / memory.flops(what, how)
-        print(f'with {words}: {shown(total(what, other))}, about {1000 * seconds * longer:.0f}ms')
+        print(f'with {words}: {in_words(memory.total(what, other))}, about {1000 * seconds * longer:.0f}ms')
 
 
 def find(s, model, raw_model, optimizer, batch, device, dtype):
     """
     Find the most rows of a micro-step that fit the memory, of those by which the rows of a step can be divided, and put
     them into the settings s, with as many micro-steps as keep the rows of a step, and as many batches of an evaluation
-    as keep its rows. Begins with what fits by plan, on a CPU at most CPU_TOKENS tokens, and takes fewer as long as a
-    pass finds no memory; of several processes all take what fits on each.
+    as have its rows, or some more. Begins with what fits by plan, on a CPU at most CPU_TOKENS tokens, and takes fewer
+    as long as a pass finds no memory; of several processes all take what fits on each.
 
     batch: (x, y, documents), as the settings have them now. Returns (batch_size, eval_iters, micro-steps of a
     process). Raises torch's error where there is no memory for a single row.
@@ -125,7 +122,7 @@ def find(s, model, raw_model, optimizer, batch, device, dtype):
     why, moments = 'by plan', [tensor for state in optimizer.state.values() for tensor in state.values()]
     beside = memory.optimizer_bytes(what, replace(how, is_averaged=False))  # an average is there already
     beside = max(0, beside - sum(tensor.nbytes for tensor in moments if torch.is_tensor(tensor)))
-    while not how.is_sharded:  # else a process that finds no memory would leave the others waiting
+    while not how.is_fsdp:  # else a process that finds no memory would leave the others waiting
         shortage = shortage_of(n, here // n, beside, s, model, raw_model, batch, device, dtype)
         if not ranks.highest(int(shortage is not None)):
             why = 'and a pass of so many has found its memory'
@@ -135,6 +132,7 @@ def find(s, model, raw_model, optimizer, batch, device, dtype):
             raise shortage or RuntimeError('another process tried to allocate memory for one row, and found none')
         print(f'batch_size: {n} rows find no memory')
         n = next(d for d in memory.divisors(here) if d < n)
+    ranks.exchange_gradients(model, True)  # the passes here did without
     s['batch_size'], s['gradient_accumulation_steps'] = n, rows // n
     s['eval_iters'] = math.ceil(s['eval_iters'] * before / n)
     print(f'batch_size: {n}, gradient_accumulation_steps: {rows // n}, eval_iters: {s["eval_iters"]} (batch_size = 0: '

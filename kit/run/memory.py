@@ -58,7 +58,7 @@ class Setup:
         return 4 if self.dtype == 'float32' else 2
 
     @property
-    def is_sharded(self):
+    def is_fsdp(self):
         return self.parallel == 'fsdp' and self.world_size > 1
 
 
@@ -83,13 +83,18 @@ def of_step(what, how):
     return max(moments_of_step(what, how), key=lambda parts: sum(parts.values()))
 
 
+def total(what, how):
+    """Bytes on one device at the peak of a step."""
+    return sum(of_step(what, how).values())
+
+
 def moments_of_step(what, how):
     """The parts at the moments of of_step, in their order."""
-    at_rest = 0 if how.offload else 1 / how.world_size if how.is_sharded else 1  # the share of it that lies here
+    at_rest = 0 if how.offload else 1 / how.world_size if how.is_fsdp else 1  # the share of it that lies here
     gradients = 4 * what.parameters
     # DDP's buckets are there all the time (gradient_as_bucket_view), FSDP adds up whole gradients before it shares them
-    before = gradients if how.micro_steps > 1 or how.world_size > 1 and not how.is_sharded else 0
-    after = gradients * (1 if how.is_sharded and how.micro_steps > 1 else at_rest)
+    before = gradients if how.micro_steps > 1 or how.world_size > 1 and not how.is_fsdp else 0
+    after = gradients * (1 if how.is_fsdp and how.micro_steps > 1 else at_rest)
     always = {'parameters': 4 * what.parameters * at_rest, 'optimizer': optimizer_bytes(what, how) * at_rest}
     if how.device == 'cpu':  # where a checkpoint is written from a copy
         always['checkpoint copy'] = sum(always.values())
@@ -99,7 +104,7 @@ def moments_of_step(what, how):
     at_loss, amid_blocks, at_end = communication(what, how)
     copies = 0
     if how.width < 4:  # autocast's, which the backward pass reads; blocks made again, or gathered so, have none
-        has_none = how.checkpointing or how.is_sharded and gathered_width(how) == how.width
+        has_none = how.checkpointing or how.is_fsdp and gathered_width(how) == how.width
         copies = how.width * (what.output + (0 if has_none else what.hidden))
     twice = 8 * what.output if what.is_tied else 0  # one matrix has a gradient of each of its two uses, and their sum
     amid = always | {'logits': 0, 'communication': amid_blocks, 'workspace': rest}
@@ -190,7 +195,7 @@ def communication(what, how):
     float32. Gradients are shared out in float32, those of two blocks at a time, while a third one makes its own; those
     of what is in no block at the end. DDP's buckets are the gradients.
     """
-    if not how.is_sharded:
+    if not how.is_fsdp:
         return 0, 0, 0
     block, root, width = what.hidden / what.n_layer, what.parameters - what.hidden, gathered_width(how)
     gathered = 4 * root + 2 * width * block
@@ -226,7 +231,7 @@ def seconds(what, how, peak, mfu, bandwidth):
     micro_step = flops(what, how) * how.tokens / (peak * mfu)
     computing = how.micro_steps * micro_step
     share = (how.world_size - 1) / how.world_size
-    if how.is_sharded:
+    if how.is_fsdp:
         of_micro_step = 2 * gathered_width(how) * what.hidden + 4 * (what.parameters - what.hidden)
         moved = share * (how.micro_steps * of_micro_step + 4 * what.parameters)
         beside = computing
@@ -243,7 +248,7 @@ def most_rows(what, how, rows, room, most):
     """
     for n in divisors(rows):
         new = replace(how, tokens=n * what.block_size, micro_steps=rows // n)
-        if n <= most and sum(of_step(what, new).values()) <= room:
+        if n <= most and total(what, new) <= room:
             return n
     return 0
 

@@ -17,7 +17,7 @@ def watched(get_batch, update, model, bad_steps, scaler, micro_steps, seed, leav
     (get_batch, update) of train.py, which look at what they have made: at a bad number they say where it came from and
     end the script. model: not wrapped; bad_steps: a gradients.BadSteps. Both wait for the device.
     """
-    if ranks.is_sharding:
+    if ranks.is_fsdp:
         fail('debug_nan = True: each process looks for itself, and passes of a model in parts take all of them; '
              '--parallel=ddp, or one process')
     def get_checked(split, step, micro_step):

@@ -56,9 +56,10 @@ def recipe_rows(saved):
     return {'batch_size': overrides.replaced['batch_size']}
 
 
-def about(config):
+def about(config, device):
     """What all processes of a run must have in common, see peers.meet: settings, the code and its versions."""
-    return {'settings': {name: value for name, value in config.items() if name not in OF_A_MACHINE},
+    settings = {name: value for name, value in config.items() if name not in OF_A_MACHINE} | {'device': device.type}
+    return {'settings': settings,
             'code': {name: hashlib.sha256(code).hexdigest() for name, code in provenance.collect_source().items()},
             'versions': checkpoints.versions()}
 
@@ -240,8 +241,8 @@ def begin(config, model, data, tokens_per_step, warmup_steps, state, is_resume, 
              'unigram_entropy': data.unigram_entropy(), 'other_text_since': state.other_text_since}
     ranks.from_main(lambda: folders.claim(out_dir, is_new=not is_resume))
     journal.open(out_dir, config, facts, state.step if is_resume else None)
-    if ranks.is_sharding:
-        print('fsdp: TensorBoard and W&B get no graph, histograms, attention, vectors or texts of a model in parts')
+    if ranks.is_fsdp:
+        print('fsdp: a model in parts is not shown from inside: no graph, attention, token vectors or texts of its own')
     else:
         journal.show('model', model)
     if ranks.is_main:

@@ -280,16 +280,17 @@ def load(path, resume=False):
 
 
 def read(path, resume=False):
-    """load, raising Damaged. Of several processes a resume leaves in shards what is there, for fetched."""
+    """load, raising Damaged. Of several processes rank 0 verifies shards, and a resume leaves them to fetched."""
+    def fetch(small):
+        if resume and ranks.world_size > 1:
+            return shards.verify(path, small, THREADS) if ranks.is_main else small
+        return shards.fill(path, small, shards.PARTS if resume else forms.WEIGHTS, THREADS)
+
     def look():
         verify(path)
-        if resume and ranks.world_size > 1:  # see fetched
-            checkpoint = open_unverified(path, resume, lambda small: shards.verify(path, small, THREADS))
-            if shards.are_in(checkpoint):
-                return checkpoint | {'path': path}
-        else:
-            checkpoint = open_unverified(path, resume, lambda small: shards.fill(
-                path, small, shards.PARTS if resume else forms.WEIGHTS, THREADS))
+        checkpoint = open_unverified(path, resume, fetch)
+        if shards.are_in(checkpoint):
+            return checkpoint | {'shards': checkpoint['shards'] | {'path': path}}
         if bad := forms.bad_numbers(checkpoint, resume):
             raise forms.Unfit(f'holds numbers that are not finite: {bad}')
         return checkpoint
@@ -303,9 +304,9 @@ def fetched(saved, model):
     """
     if not shards.are_in(saved):
         return saved
-    path, like = saved['path'], next(model.parameters()) if ranks.is_sharding else None
+    path, like = saved['shards']['path'], next(model.parameters()) if ranks.is_fsdp else None
     try:
-        found = open_unverified(path, True, lambda small: shards.fill(path, small, shards.PARTS, THREADS, like))
+        found = open_unverified(path, True, lambda small: shards.fill(path, small, shards.PARTS, THREADS, like, True))
     except Exception as error:  # torch raises many kinds
         fail(damaged(path, error))
     mine = {key: shards.over_tensors(value, lambda _, tensor: ranks.local(tensor)) for key, value in found.items()}

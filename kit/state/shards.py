@@ -58,11 +58,6 @@ def name_of(place):
     return '.'.join(map(str, place))
 
 
-def here(tensor):
-    """Of a DTensor what this rank has of it, see torch.distributed.tensor; of another all."""
-    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
-
-
 def without_numbers(tensor):
     """
     A meta tensor of its shape and strides. None where it stays in the small file: what has no dimension or no number,
@@ -84,7 +79,7 @@ def split(checkpoint):
         tensors, stand_ins = {}, {}
 
         def change(place, tensor, tensors=tensors, stand_ins=stand_ins):
-            mine, name, stand_in = here(tensor), name_of(place), without_numbers(tensor)
+            mine, name, stand_in = ranks.local(tensor), name_of(place), without_numbers(tensor)
             if stand_in is None:
                 return mine
             same = mine.untyped_storage()._cdata, mine.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
@@ -131,7 +126,7 @@ def write(checkpoint, folder, group=None, parameters=None, first=None):
     def check():
         if first:
             first()
-        mine = {part: over_tensors(checkpoint[part], lambda _, tensor: here(tensor))
+        mine = {part: over_tensors(checkpoint[part], lambda _, tensor: ranks.local(tensor))
                 for part in filter(checkpoint.__contains__, PARTS)}
         if bad := forms.bad_numbers(mine | {'parameters': list(parameters or checkpoint['model'])}):
             raise Damaged(f'{bad} holds numbers that are not finite')
@@ -249,7 +244,7 @@ def belonging(path):
 
 def files_of(folder):
     """The files of a run that can refer to shards, the newest state first."""
-    found = [*Path(folder).glob('*.pt'), *Path(folder).glob('later.*/*.pt')]
+    found = [*Path(folder).glob('*.pt'), *Path(folder).glob('*/*.pt')]
     return sorted(filter(os.path.isfile, found), key=lambda path: (path.name != 'ckpt.pt', path))
 
 
@@ -317,7 +312,7 @@ class Part:
         return tensors
 
 
-def open_parts(path, checkpoint, wanted, threads, stack):
+def open_parts(path, checkpoint, wanted, threads, stack, is_verified=False):
     """
     {name: Part} of those of the wanted parts of a small checkpoint that have shards. All bytes of theirs are compared
     with their checksums, and nothing is taken from them before that. stack: an ExitStack that closes the files. Raises
@@ -337,7 +332,9 @@ def open_parts(path, checkpoint, wanted, threads, stack):
 
     def check(name):  # zlib computes without Python's lock, so that the threads work side by side
         compare(opened[name], said['files'][name], f'{folder.name}/{name}')
-    if threads == 1:
+    if is_verified:  # by rank 0, which has chosen this file
+        pass
+    elif threads == 1:
         list(map(check, opened))
     else:
         with ThreadPoolExecutor(threads) as pool:
@@ -362,13 +359,13 @@ def verify(path, checkpoint, threads):
     return checkpoint
 
 
-def fill(path, checkpoint, wanted, threads, like=None):
+def fill(path, checkpoint, wanted, threads, like=None, is_verified=False):
     """
     The small checkpoint of path as one in one file, with the tensors of the wanted parts read into memory; all its
-    shards are verified. like: see Part.read. Raises what open_parts raises, and what torch does.
+    shards are verified, if they are not yet. like: see Part.read. Raises what open_parts raises, and what torch does.
     """
     with ExitStack() as stack:
-        parts = open_parts(path, checkpoint, PARTS, threads, stack)
+        parts = open_parts(path, checkpoint, PARTS, threads, stack, is_verified)
         for part in filter(parts.__contains__, wanted):
             read = parts[part].read(parts[part].tensors, like)
             by_stand_in = {id(parts[part].tensors[name]): tensor for name, tensor in read.items()}

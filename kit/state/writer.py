@@ -7,7 +7,6 @@ to each other beside what the main threads say. How it went, rank 0 knows and wa
 """
 
 import atexit
-import copy
 import threading
 import time
 from contextlib import suppress
@@ -46,21 +45,23 @@ class Writer:
         before that, in the thread too: what must be on the disk when the checkpoint is.
         """
         self.finish()
-        if not (ranks.is_main or self.sharded):
-            ranks.gather(checkpoint)  # what rank 0 copies of a model in parts
+        if not (ranks.is_main or self.sharded or ranks.is_fsdp):
             return
-        copy, failure = None, ''
+        taken, failure = None, ''
         try:
-            copy = self.copies.take(checkpoint)
+            taken = self.copies.take(checkpoint)
         except Exception as error:  # memory, of the host or of a device; and no save is worth a run
             failure = checkpoints.failure(error, self.folder)
+        if not (ranks.is_main or self.sharded):
+            return
         failures = ranks.from_all(failure) if self.sharded else [failure]  # no rank writes for itself alone
         if any(failures):
             self.fail(next(filter(None, failures)))
             return
-        run, arguments = self.run_sharded if self.sharded else self.run, (copy, names, parameters, first)
+        run, arguments = self.run_sharded if self.sharded else self.run, (taken, names, parameters, first)
         try:
-            self.thread = threading.Thread(target=run, args=arguments)  # no daemon: the script ends behind it
+            # no daemon: the script ends behind it
+            self.thread = threading.Thread(target=run, args=arguments, name=ranks.WRITING)
             self.thread.start()
         except Exception as error:
             self.thread = None
@@ -168,53 +169,46 @@ class Copies:
 
     def take(self, checkpoint):
         """Containers and tensors as they are now; tensors that share memory, as tied weights do, share it here too."""
-        self.of, self.error = {}, None
-        taken = self.copied(checkpoint)
+        self.of, self.n, self.error = {}, 0, None
+        taken = shards.over_tensors(checkpoint, lambda _, tensor: self.attempt(tensor.detach()))
         if self.error:
             raise self.error
-        del self.memory[len(self.of):]
+        del self.memory[self.n:]
         return taken
 
-    def copied(self, value):
-        if isinstance(value, torch.Tensor):
-            return self.tensor(value.detach())
-        if isinstance(value, dict):
-            new = copy.copy(value)  # with its attributes, such as _metadata
-            new.update((key, self.copied(inside)) for key, inside in value.items())
-            return new
-        if type(value) in (list, tuple):
-            return type(value)(self.copied(inside) for inside in value)
-        return value
+    def attempt(self, tensor):
+        """Copy a tensor; an error is raised by take, once all processes have given their parts of all that follow."""
+        is_part = self.gathers and ranks.is_part(tensor)
+        place = ranks.local(tensor).untyped_storage()._cdata if is_part else None
+        if is_part and place not in self.of:
+            self.of[place], whole = None, ranks.whole(tensor)
+        if self.error or self.gathers and not ranks.is_main:  # this one keeps nothing
+            return None
+        try:
+            if is_part and self.of[place] is None:
+                whole = whole.clone(memory_format=torch.contiguous_format)
+                self.of[place] = self.storage(whole.untyped_storage())
+            if is_part:
+                return torch.empty(0, dtype=tensor.dtype).set_(self.of[place]).view(tensor.shape)
+            return self.tensor(tensor)
+        except Exception as error:
+            self.error = error
 
     def tensor(self, tensor):
-        if ranks.is_part(tensor) and self.gathers:
-            return self.gathered(tensor)
         if is_traceable_wrapper_subclass(tensor):  # a DTensor: a copy of what this rank has of it
-            return transform_subclass(tensor, lambda _, inside: self.copied(inside))
+            return transform_subclass(tensor, lambda _, inside: self.tensor(inside.detach()) if (
+                isinstance(inside, torch.Tensor)) else inside)
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
             return tensor.to('cpu', copy=True)  # no checkpoint of ours has these
         storage = tensor.untyped_storage()
         if storage._cdata not in self.of:
-            self.of[storage._cdata] = self.storage(storage, len(self.of))
+            self.of[storage._cdata] = self.storage(storage)
         here = self.of[storage._cdata]
         return torch.empty(0, dtype=tensor.dtype).set_(here, tensor.storage_offset(), tensor.shape, tensor.stride())
 
-    def gathered(self, tensor):
-        """A tensor in parts, whole; all processes take part, see ranks.gather."""
-        place = ranks.local(tensor).untyped_storage()._cdata
-        if place not in self.of:
-            whole = ranks.whole(tensor).clone(memory_format=torch.contiguous_format)
-            self.of[place] = torch.UntypedStorage(0)
-            try:
-                self.of[place] = self.storage(whole.untyped_storage(), len(self.of) - 1)
-            except Exception as error:  # raised once the others have given all that they give
-                self.error = error
-        if self.error:
-            return None
-        return torch.empty(0, dtype=tensor.dtype).set_(self.of[place]).view(tensor.shape)
-
-    def storage(self, storage, i):
-        """Copy the i-th storage of a checkpoint."""
+    def storage(self, storage):
+        """Copy one storage more of a checkpoint."""
+        i, self.n = self.n, self.n + 1
         if i == len(self.memory) or self.memory[i].nbytes() != storage.nbytes():
             self.memory[i:i + 1] = [torch.UntypedStorage(storage.nbytes())]
         self.memory[i].copy_(storage)

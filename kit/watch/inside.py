@@ -19,7 +19,11 @@ def show(journal, step, model, data, meta, device, is_last):
     A text of the model's own for TensorBoard and W&B, and now and then, with a hundredth of the time that the run
     takes, pictures: attention, loss curve, token embeddings. Draws from torch's generator.
     """
-    if not journal.sinks or ranks.is_sharding:  # in a pass of a model in parts all processes would have to take part
+    if not journal.sinks:
+        return
+    if ranks.is_fsdp:  # in a pass of a model in parts all processes would have to take part
+        if is_last:
+            show_loss_curve(journal, step)
         return
     start = time.time()
     ids = devices.send(data.fetch(np.array([0]))[0][0, :ATTENTION_TOKENS], device)
@@ -36,10 +40,15 @@ def show(journal, step, model, data, meta, device, is_last):
         from kit.watch import pictures
         journal.show('image', step, 'Attention', lambda: pictures.attention(
             attention(model, ids), [label(i) for i in ids.tolist()]))
-        journal.show('image', step, 'Loss_curve', lambda: pictures.loss_curve(journal.history, f'step {step}'))
+        show_loss_curve(journal, step)
         journal.show('embedding', step, 'Tokens', lambda: model.token_vectors()[:n_vectors].float().cpu(),
                      lambda: [label(i) for i in range(n_vectors)])
         journal.pictures_due = time.time() + 100 * (time.time() - start)
+
+
+def show_loss_curve(journal, step):
+    from kit.watch import pictures
+    journal.show('image', step, 'Loss_curve', lambda: pictures.loss_curve(journal.history, f'step {step}'))
 
 
 @torch.no_grad()
