@@ -195,8 +195,8 @@ def own_get_batch(side):
     else:
         path, args = ROOT / 'train.py', lambda step: ('train', step, 0)
         settings = overrides.settings_of(path, ['--dataset=shakespeare_char', '--sampling=random']) | sizes
-        names = settings | dict(data=readers.open(settings)[0], rows_per_step=64, ranks=ranks, devices=devices,
-                                device=cpu, state=SimpleNamespace(rewinds=0))
+        names = settings | dict(data=readers.open(settings)[0], rows_per_step=64, micro_steps=1, ranks=ranks,
+                                devices=devices, device=cpu, state=SimpleNamespace(rewinds=0))
     tree = ast.parse(path.read_text(encoding='utf-8'))
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == 'get_batch')
     function.decorator_list = []  # a clock

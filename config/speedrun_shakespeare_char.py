@@ -1,6 +1,7 @@
-# Tiny Shakespeare to nanoGPT's loss (1.4697) in a fraction of its steps: as wide and deep, n-grams, another block, Muon
+# Tiny Shakespeare to nanoGPT's loss (1.4697) in a fraction of its 5,000 steps: as wide and deep, another block, Muon
 # $ python train.py config/speedrun_shakespeare_char.py
-# Made ready on a CPU, by what smaller models showed; it has not run on a GPU yet.
+# On an H200 (one seed) val is 1.4612 after 700 steps and 1.4515 at the end. With n-grams it reads too well: 1.5002 at
+# best, after 500 steps.
 
 dataset = 'shakespeare_char'
 batch_size = 64
@@ -12,7 +13,7 @@ n_embd = 384
 bias = False
 dropout = 0.2
 
-architecture = 'modern'
+architecture = 'modern,ngram_embeddings=0'
 optimizer = 'muon:0.01'
 learning_rate = 1e-3
 min_lr = 1e-5

@@ -13,8 +13,8 @@ from kit.base import devices
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
 @pytest.mark.parametrize('settings', [
-    pytest.param('', marks=pytest.mark.long),
-    '--log_interval=1000 --grad_clip=0.5 --dataset=rows --batch_mode=packed --mask_prob=0.2 --sampling=shuffle'])
+    '', '--log_interval=1000 --grad_clip=0.5 --dataset=rows --batch_mode=packed --mask_prob=0.2 --sampling=shuffle'])
+@pytest.mark.long
 def test_killed_five_times(settings):
     """Not within pytest, whose threads would not come along into a fork."""
     command = [sys.executable, ROOT / 'tests/chaos.py', '--kills=5', '--steps=300', f'--settings={settings}']

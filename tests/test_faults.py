@@ -91,7 +91,8 @@ def test_an_error_of_one_is_told_by_it_and_by_no_other(several):
     assert result.err.count('rank 2 (host ') == 1 and 'gloo' not in result.err, result.err
 
 
-@pytest.mark.parametrize('what', ['write', pytest.param('show', marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize('what', ['write', 'show'])
 def test_rank_0_may_take_longer_than_a_step(several, what):
     """For its disk and its pictures, with all others waiting."""
     code = ('import os, time\nfrom kit.state import checkpoints\nfrom kit.watch import inside\n'
@@ -297,3 +298,33 @@ def test_a_meeting_before_is_not_this_one():
             names.append(peers.meet(store, 0, 3, {}, 'here'))
             assert [other.result(20) for other in others] == [names[-1]] * 2
     assert names[0] != names[1]
+
+
+def test_threads_that_are_not_ours_hold_up_no_end(pair, tiny):
+    """Such as those of the compiler's pool, which end with the interpreter alone."""
+    code = ('from concurrent.futures import ThreadPoolExecutor\n_pool = ThreadPoolExecutor(1)\n'
+            '_pool.submit(int).result()\n')
+    begin = time.monotonic()
+    result = pair('--max_iters=2', script=hooked_script(tiny, code))
+    assert result.status == 0 and time.monotonic() - begin < 60, result.err
+
+
+def test_nccl_is_for_gpus(pair, tiny):
+    with pytest.raises(AssertionError, match="backend = 'nccl': it is for GPUs, and device is cpu; --backend=auto"):
+        pair('--backend=nccl')
+
+
+def test_a_script_of_one_process_is_one(run, trained):
+    """In a pod or a job that trains with several, too; but not several times at once."""
+    several = {'WORLD_SIZE': '2', 'RANK': '1', 'MASTER_ADDR': 'nowhere', 'MASTER_PORT': '1'}
+    words = ['--checkpoint=checkpoints/ckpt.pt', '--output=new.pt', '--sharded']
+    refused = run('export.py', *words, env=several | {'TORCHELASTIC_RUN_ID': 'x'})
+    assert refused.status == 2 and 'start it with python, without torchrun' in refused.err, refused.err
+    for given in words, ['--checkpoint=new.pt', '--output=back.pt']:
+        result = run('export.py', *given, env=several)
+        assert result.status == 0 and 'wrote ' in result.out, result.err
+    one, back = (torch.load(path, weights_only=True)['model'] for path in (trained / 'ckpt.pt',
+                                                                           trained.parent / 'back.pt'))
+    assert all(torch.equal(one[name], back[name]) for name in one)
+    averaged = run('checkpoint_averaging.py', '--num_checkpoints=2', '--evaluate=False', env=several)
+    assert averaged.status == 0, averaged.err

@@ -12,6 +12,7 @@ CORRECT = 'machine', 'optimizer', 'numbers', 'attention', 'flex', 'runs', 'waits
 TIMED = 'minutes', 'speed', 'pace'
 
 
+@pytest.mark.long
 def test_all_of_it_on_a_cpu(run, tmp_path):
     folder = tmp_path / 'temporary'
     folder.mkdir()

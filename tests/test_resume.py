@@ -90,6 +90,7 @@ def test_two_processes_are_resumed(pair, tiny):
     code = f'import os\nif os.environ["RANK"] == "1":\n    {send}'
     stopped = torchrun(tiny, *args, '--out_dir=cut', script=hooked_script(tiny, code))
     assert stopped.status != 0 and 'SIGTERM: stopped after 5 steps' in stopped.out, stopped.out + stopped.err
+    assert '  torchrun --standalone --nproc_per_node=2 train.py --out_dir=cut --init_from=resume\n' in stopped.out
     assert pair('--init_from=resume', '--out_dir=cut').status == 0
     assert same(*(torch.load(tiny / run / 'ckpt.pt', weights_only=True) for run in ('whole', 'cut')))
 
@@ -204,14 +205,13 @@ def test_generators_of_code_that_somebody_adds(hooked, tiny):
     assert drawn(first) + drawn(second) == drawn(whole) and len(drawn(whole)) == 10
 
 
-def test_ranks_take_what_rank_0_takes(tiny, trained):
+def test_ranks_take_what_rank_0_takes(pair, tiny, trained):
     """Rank 1 finds ckpt.pt damaged where rank 0 does not: it says so, and does not train on from elsewhere."""
     code = ('import os\nfrom kit.state import checkpoints\nSOUND_READ = checkpoints.read\n'
             'def read(path, resume=False):\n'
             '    if os.environ["RANK"] == "1": raise checkpoints.Damaged(f"{path} is damaged, here")\n'
             '    return SOUND_READ(path, resume)\ncheckpoints.read = read\n')
-    result = torchrun(tiny, '--gradient_accumulation_steps=2', '--init_from=resume', '--max_iters=20',
-                      script=hooked_script(tiny, code))
+    result = pair('--init_from=resume', '--max_iters=20', script=hooked_script(tiny, code))
     assert result.status != 0 and 'is damaged, here' in result.err and not losses(result)
 
 

@@ -414,6 +414,7 @@ def test_a_grid_of_real_runs(run, tiny):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere the runs of a killed sweep end by themselves')
+@pytest.mark.long
 def test_a_killed_sweep_goes_on(run, tiny):
     """kill -9: no process is left, the finished run stays, the half-made one goes on bit for bit."""
     lines = (f'config = "{" ".join(TINY)} --dataset=tiny"\nmax_iters = [10, 300]\neval_interval = 50\n'

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GPT2, ROOT, losses, records, torchrun
+from conftest import GPT2, ROOT, losses, records
 
 from kit.data import batches
 
@@ -106,10 +106,10 @@ def test_the_step_against_plain_torch(train, tiny):
         torch.testing.assert_close(ours['model'][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_same_step_however_it_is_cut(train, tiny):
+def test_the_same_step_however_it_is_cut(train, pair):
     whole = train('--batch_size=16')
     cut = train('--batch_size=4', '--gradient_accumulation_steps=4')
-    two = torchrun(tiny, '--batch_size=4', '--gradient_accumulation_steps=4')
+    two = pair('--batch_size=4', '--gradient_accumulation_steps=4')
     assert two.status == 0, two.err
     assert list(losses(two)) == list(range(10)) and two.out.count('saving checkpoint') == 2
     assert list(losses(cut).values()) == pytest.approx(list(losses(whole).values()), abs=1e-4)

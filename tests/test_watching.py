@@ -16,7 +16,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import GPT2, ROOT, TINY, fetch, hooked_script, losses, records, some_text, torchrun
+from conftest import GPT2, ROOT, TINY, fetch, hooked_script, losses, records, some_text
 
 from kit.data import readers
 from kit.learn import gradients
@@ -533,14 +533,14 @@ def test_debug_nan_lets_a_healthy_run_be(train, tiny):
                                                      if 'loss' in r}
 
 
-def test_debug_nan_on_two_processes(tiny):
+def test_debug_nan_on_two_processes(pair, tiny):
     """The rank that made it says so."""
     plant = ('import model, torch, os\nfrom kit.data import batches\nold = model.MLP.forward\n'
              'def forward(self, x):\n'
              '    y = old(self, x)\n'
              '    return y * float("nan") if torch.initial_seed() == batches.torch_seed(1337, 3, 1) else y\n'
              'model.MLP.forward = forward')
-    result = torchrun(tiny, '--gradient_accumulation_steps=2', '--debug_nan', script=hooked_script(tiny, plant))
+    result = pair('--gradient_accumulation_steps=2', '--debug_nan', script=hooked_script(tiny, plant))
     assert result.status != 0
     lines = [line for line in result.out.splitlines() if line.startswith('debug_nan: step 3')]
     assert len(lines) == 2 and 'rank 0: made again, its forward and backward pass give no bad number' in lines[0]
