@@ -11,8 +11,8 @@ from conftest import ROOT, TINY, losses, records, some_text
 from kit.base import overrides
 from kit.run import earlier
 
-# the first whole one; one before the loop became a page; the last with kit as one flat folder
-COMMITS = ['d0bdad6', '840f9c1', '3e2909f']
+# the first whole one; one before the loop became a page; the last with kit as one flat folder; modern and Muon
+COMMITS = ['d0bdad6', '840f9c1', '3e2909f', '513639e']
 
 
 @pytest.fixture
