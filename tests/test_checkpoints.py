@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import killed_at
 
 from kit.learn import model_state
 from kit.state import checkpoints, folders
@@ -83,17 +84,7 @@ def test_killed_at_every_point_of_a_save(tmp_path, call):
     names = ['step_0000002.pt', 'best.pt', 'ckpt.pt']
     checkpoints.save(state(1, loss=3.0), tmp_path, ['best.pt', 'ckpt.pt'])
     for n in range(40):
-        pid = os.fork()
-        if pid == 0:
-            calls, sound = iter(range(n)), getattr(os, call)
-
-            def dying(*args, calls=calls, sound=sound, **kwargs):
-                if next(calls, None) is None:
-                    os._exit(9)
-                return sound(*args, **kwargs)
-            setattr(os, call, dying)
-            os._exit(0 if checkpoints.save(state(2), tmp_path, names) else 1)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = killed_at(call, n, lambda: checkpoints.save(state(2), tmp_path, names))
         for name, step in steps(tmp_path).items():
             checkpoints.verify(tmp_path / name)
             assert step == 2 if name.startswith('step_') else step in (1, 2)

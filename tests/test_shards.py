@@ -13,7 +13,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import OF_THE_MACHINE, ROOT, TINY, copy_folder, hooked_script, losses, records
+from conftest import OF_THE_MACHINE, ROOT, TINY, copy_folder, hooked_script, killed_at, losses, records
 from conftest import run as run_of_conftest
 from test_checkpoints import flip, steps
 from test_damage import equal
@@ -309,17 +309,7 @@ def test_killed_at_every_point_of_a_save(tmp_path, call):
     names = ['step_0000002.pt', 'best.pt', 'ckpt.pt']
     assert not save(tmp_path, 1, ['best.pt', 'ckpt.pt'], loss=3.0)
     for n in range(0, 100, 2):
-        pid = os.fork()
-        if pid == 0:
-            calls, sound = iter(range(n)), getattr(os, call)
-
-            def dying(*args, calls=calls, sound=sound, **kwargs):
-                if next(calls, None) is None:
-                    os._exit(9)
-                return sound(*args, **kwargs)
-            setattr(os, call, dying)
-            os._exit(1 if save(tmp_path, 2, names) else 0)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = killed_at(call, n, lambda: not save(tmp_path, 2, names))
         for name in steps(tmp_path):
             found = read(tmp_path / name)
             assert found['model']['a.weight'][0, 0] == found['iter_num'] in ((2,) if name in names[:1] else (1, 2))

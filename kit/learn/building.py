@@ -24,7 +24,7 @@ def build(GPT, config, parallel, activation_checkpointing, cpu_offload, device, 
         fail('cpu_offload = True: it takes parts of a model from GPUs to their host; --parallel=fsdp on several, or '
              'leave it out')
     if cpu_offload and dtype == 'float16':
-        fail('cpu_offload = True: the loss scale of float16 is not kept between hosts; --dtype=bfloat16 or float32')
+        fail('cpu_offload = True: torch looks for overflows of float16 on the GPU alone; --dtype=bfloat16 or float32')
     if ranks.is_fsdp:
         model = copy.deepcopy(plain)
         ranks.shard(model, model.blocks(), device, dtype, cpu_offload)
@@ -53,8 +53,9 @@ def fill(model, plain):
             module = copy.deepcopy(module).to_empty(device='cpu', recurse=False)
             module.reset_parameters()
             for name in own:
-                take(parts[f'{path}.{name}'], getattr(module, name))
-                filled.add(parts[f'{path}.{name}'])
+                part = parts[f'{path}.{name}' if path else name]
+                take(part, getattr(module, name))
+                filled.add(part)
     for name, p in plain.named_parameters():
         numbers = torch.full(p.shape, math.nan, dtype=p.dtype)
         plain.initialize(name, numbers)

@@ -39,7 +39,7 @@ def restore(optimizer, state):
     for i, p, known in zip(indices, params, made):
         if i in fitted:
             fitted[i] = fit(i, fitted[i], p, known, type(optimizer))
-            fitted[i] = {name: ranks.like(value, p) if is_tensor(value) and value.shape == p.shape else value
+            fitted[i] = {name: ranks.like(value, p) if is_tensor(value) else value
                          for name, value in fitted[i].items()}
     if missing := [i for i, known in zip(indices, made) if known and not fitted.get(i)]:
         if len(missing) == len(params):

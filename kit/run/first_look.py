@@ -33,10 +33,10 @@ def show(s, model, raw_model, batch, meta, micro_steps, device, dtype, is_new):
     """
     (x, y, documents), c = batch, raw_model.config
     what, how = memory.sizes(raw_model), fitting.setup(s, x.numel(), micro_steps, device, dtype)
-    takes = sum(memory.of_step(what, how).values())
+    takes = fitting.in_words(memory.total(what, how))
     fitting.explain(s['batch_size'] * s['gradient_accumulation_steps'], what, how, device)
     print(f'model: {raw_model.count_params() / 1e6:.2f}M parameters in {c.n_layer} layers of {c.n_head} heads and '
-          f'{c.n_embd} channels; training takes about {fitting.in_words(takes)} of memory beside the program')
+          f'{c.n_embd} channels; training takes about {takes} of memory beside the program')
     n_targets = int((y >= 0).sum())
     print(f'one micro-step: x {tuple(x.shape)}, y {tuple(y.shape)}; y is '
           + ('x moved on by one token' if c.causal else 'what x hides, at its own place')
